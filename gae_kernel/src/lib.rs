@@ -1,0 +1,171 @@
+//! The Python boundary: checks the arrays, releases the GIL, runs the recursion.
+
+mod gae;
+
+use numpy::npyffi::{NPY_ORDER, PY_ARRAY_API};
+use numpy::{Element, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{IntoPyDict, PyTuple};
+use std::{ptr, slice};
+
+type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
+
+/// Generalized advantage estimation (Schulman et al., 2016, eq. 16), over steps t of N environments:
+///
+///     delta_t = rewards_t + gamma * (1 - terminations_t) * values_{t+1} - values_t
+///     A_t     = delta_t + gamma * gae_lambda * (1 - (terminations_t | truncations_t)) * A_{t+1}
+///     returns = A + values
+///
+/// A termination has no successor; a truncation bootstraps from `values_{t+1}`; both cut the trace.
+///
+/// Args:
+///     rewards: (T, N) or (T,), float32 or float64.
+///     values: (T+1, N) or (T+1,), the dtype of `rewards`; the last row is the bootstrap.
+///     terminations, truncations: the shape of `rewards`, bool.
+///     gamma, gae_lambda: in [0, 1].
+///
+/// Returns:
+///     (advantages, returns), new arrays with the shape and dtype of `rewards`.
+///
+/// Raises:
+///     TypeError: an argument is no NumPy array, or its dtype is wrong.
+///     ValueError: a shape does not fit, or gamma or gae_lambda is outside [0, 1].
+///
+/// Any memory layout is read, C-contiguous arrays without a copy. No input is written. The GIL is
+/// released, so no other thread may write the inputs meanwhile.
+#[pyfunction]
+fn compute_gae<'py>(
+    rewards: &Bound<'py, PyAny>,
+    values: &Bound<'py, PyAny>,
+    terminations: &Bound<'py, PyAny>,
+    truncations: &Bound<'py, PyAny>,
+    gamma: &Bound<'py, PyAny>,
+    gae_lambda: &Bound<'py, PyAny>,
+) -> PyResult<Arrays<'py>> {
+    let gamma = fraction("gamma", gamma)?;
+    let gae_lambda = fraction("gae_lambda", gae_lambda)?;
+    let others = [values, terminations, truncations];
+    if let Ok(rewards) = rewards.cast::<PyArrayDyn<f32>>() {
+        run("float32 array", rewards, others, gamma, gae_lambda)
+    } else if let Ok(rewards) = rewards.cast::<PyArrayDyn<f64>>() {
+        run("float64 array", rewards, others, gamma, gae_lambda)
+    } else {
+        Err(wrong_type("rewards", "float32 or float64 array", rewards))
+    }
+}
+
+fn run<'py, T: Element + gae::Float>(
+    dtype: &str,
+    rewards: &Bound<'py, PyArrayDyn<T>>,
+    [values, terminations, truncations]: [&Bound<'py, PyAny>; 3],
+    gamma: f64,
+    gae_lambda: f64,
+) -> PyResult<Arrays<'py>> {
+    let py = rewards.py();
+    let (steps, envs) = match *rewards.shape() {
+        [steps] => (steps, 1),
+        [steps, envs] => (steps, envs),
+        ref shape => {
+            let shape = PyTuple::new(py, shape)?;
+            let message = format!("rewards must have shape (T, N) or (T,), not {shape}");
+            return Err(PyValueError::new_err(message));
+        }
+    };
+    let shape = &[steps, envs][..rewards.ndim()];
+    let values_shape = &[steps + 1, envs][..rewards.ndim()];
+    let rewards = input::<T>("rewards", dtype, rewards, shape, shape)?;
+    let values = input::<T>("values", dtype, values, values_shape, shape)?;
+    let terminations = input::<bool>("terminations", "bool array", terminations, shape, shape)?;
+    let truncations = input::<bool>("truncations", "bool array", truncations, shape, shape)?;
+    let (advantages, returns) = (empty_like(&rewards)?, empty_like(&rewards)?);
+    if rewards.len() > 0 {
+        // SAFETY: `input` returned C-contiguous, aligned arrays of these lengths and the outputs are new,
+        // so nothing else points to them. As with NumPy's own loops, Python threads must not write the inputs meanwhile.
+        unsafe {
+            let rollout = gae::Rollout {
+                envs,
+                rewards: slice::from_raw_parts(rewards.data(), rewards.len()),
+                values: slice::from_raw_parts(values.data(), values.len()),
+                terminations: slice::from_raw_parts(terminations.data().cast(), rewards.len()),
+                truncations: slice::from_raw_parts(truncations.data().cast(), rewards.len()),
+            };
+            let advantages = slice::from_raw_parts_mut(advantages.data(), rewards.len());
+            let returns = slice::from_raw_parts_mut(returns.data(), rewards.len());
+            py.detach(|| gae::compute_gae(rollout, gamma, gae_lambda, advantages, returns));
+        }
+    }
+    Ok((advantages.into_any(), returns.into_any()))
+}
+
+fn fraction(name: &str, object: &Bound<PyAny>) -> PyResult<f64> {
+    match object.extract::<f64>() {
+        Ok(number) if (0.0..=1.0).contains(&number) => Ok(number),
+        Err(error) if !error.is_instance_of::<PyOverflowError>(object.py()) => {
+            Err(wrong_type(name, "number", object))
+        }
+        _ => Err(PyValueError::new_err(format!(
+            "{name} must be in [0, 1], not {object}"
+        ))),
+    }
+}
+
+/// The argument as a C-contiguous, aligned array, copied only where it is not one.
+fn input<'py, T: Element>(
+    name: &str,
+    dtype: &str,
+    object: &Bound<'py, PyAny>,
+    shape: &[usize],
+    rewards_shape: &[usize],
+) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
+    let py = object.py();
+    let array = object
+        .cast::<PyArrayDyn<T>>()
+        .map_err(|_| wrong_type(name, dtype, object))?;
+    if array.shape() != shape {
+        let [expected, rewards_shape, actual] =
+            [shape, rewards_shape, array.shape()].map(|shape| PyTuple::new(py, shape));
+        return Err(PyValueError::new_err(format!(
+            "{name} must have shape {} for rewards of shape {}, not {}",
+            expected?, rewards_shape?, actual?
+        )));
+    }
+    if array.is_c_contiguous() && array.is_aligned() {
+        return Ok(array.clone());
+    }
+    let order = [("order", "C")].into_py_dict(py)?;
+    let copy = py
+        .import("numpy")?
+        .getattr("array")?
+        .call((array,), Some(&order))?;
+    Ok(copy.cast_into()?)
+}
+
+fn wrong_type(name: &str, expected: &str, object: &Bound<PyAny>) -> PyErr {
+    let actual = match object.cast::<PyUntypedArray>() {
+        Ok(array) => format!("{} array", array.dtype()),
+        Err(_) => object
+            .get_type()
+            .name()
+            .map_or_else(|error| error.to_string(), |name| name.to_string()),
+    };
+    PyTypeError::new_err(format!("{name} must be a {expected}, not {actual}"))
+}
+
+fn empty_like<'py, T: Element>(
+    prototype: &Bound<'py, PyArrayDyn<T>>,
+) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
+    let (py, prototype) = (prototype.py(), prototype.as_array_ptr());
+    let (order, dtype, subok) = (NPY_ORDER::NPY_CORDER, ptr::null_mut(), 0);
+    // SAFETY: the prototype lives, and the new reference is checked: null means an exception is set.
+    unsafe {
+        let array = PY_ARRAY_API.PyArray_NewLikeArray(py, prototype, order, dtype, subok);
+        Ok(Bound::from_owned_ptr_or_err(py, array)?.cast_into_unchecked())
+    }
+}
+
+#[pymodule]
+mod gae_kernel {
+    #[pymodule_export]
+    use super::compute_gae;
+}
