@@ -1,29 +1,19 @@
-from typing import overload
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["compute_gae"]
+_Float = TypeVar("_Float", np.float32, np.float64)
 
-@overload
 def compute_gae(
-    rewards: NDArray[np.float32],
-    values: NDArray[np.float32],
+    rewards: NDArray[_Float],
+    values: NDArray[_Float],
     terminations: NDArray[np.bool_],
     truncations: NDArray[np.bool_],
     gamma: float,
     gae_lambda: float,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
-@overload
-def compute_gae(
-    rewards: NDArray[np.float64],
-    values: NDArray[np.float64],
-    terminations: NDArray[np.bool_],
-    truncations: NDArray[np.bool_],
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Generalized advantage estimation (Schulman et al., 2016, eq. 16), over steps t of N environments:
+) -> tuple[NDArray[_Float], NDArray[_Float]]:
+    """Generalized advantage estimation (Schulman et al., 2016, eq. 16), over steps t:
 
         delta_t = rewards_t + gamma * (1 - terminations_t) * values_{t+1} - values_t
         A_t     = delta_t + gamma * gae_lambda * (1 - (terminations_t | truncations_t)) * A_{t+1}

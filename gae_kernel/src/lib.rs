@@ -11,7 +11,7 @@ use std::{ptr, slice};
 
 type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 
-/// Generalized advantage estimation (Schulman et al., 2016, eq. 16), over steps t of N environments:
+/// Generalized advantage estimation (Schulman et al., 2016, eq. 16), over steps t:
 ///
 ///     delta_t = rewards_t + gamma * (1 - terminations_t) * values_{t+1} - values_t
 ///     A_t     = delta_t + gamma * gae_lambda * (1 - (terminations_t | truncations_t)) * A_{t+1}
