@@ -1,0 +1,183 @@
+"""The kernel's boundary: what it refuses and how, and that it leaves all else alone."""
+
+import gc
+import itertools
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from fuzz_gae import fuzz, random_case, same_bits
+
+from gae_kernel import compute_gae
+
+REWARDS, VALUES = np.zeros((4, 2), "f4"), np.zeros((5, 2), "f4")
+FLAGS = np.zeros((4, 2), bool)
+
+
+def case(**changed):
+    arguments = dict(rewards=REWARDS, values=VALUES, terminations=FLAGS, truncations=FLAGS)
+    return arguments | dict(gamma=0.9, gae_lambda=0.8) | changed
+
+
+SHAPES = "for rewards of shape (4, 2), not"
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"rewards": [0.0]}, TypeError, "rewards must be a float32 or float64 array, not list"),
+        ({"rewards": FLAGS}, TypeError, "rewards must be a float32 or float64 array, not bool"),
+        ({"values": None}, TypeError, "values must be a float32 array, not NoneType"),
+        ({"values": VALUES.astype(">f4")}, TypeError, "values must be a float32 array, not >f4"),
+        (
+            {"rewards": REWARDS.astype("f8")},
+            TypeError,
+            "values must be a float64 array, not float32",
+        ),
+        ({"terminations": REWARDS}, TypeError, "terminations must be a bool array, not float32"),
+        ({"truncations": REWARDS}, TypeError, "truncations must be a bool array, not float32"),
+        (
+            {"rewards": VALUES[None]},
+            ValueError,
+            "rewards must have shape (T, N) or (T,), not (1, 5, 2)",
+        ),
+        (
+            {"rewards": VALUES[0, 0, ...]},
+            ValueError,
+            "rewards must have shape (T, N) or (T,), not ()",
+        ),
+        ({"values": VALUES[1:]}, ValueError, f"values must have shape (5, 2) {SHAPES} (4, 2)"),
+        ({"values": VALUES[:, 0]}, ValueError, f"values must have shape (5, 2) {SHAPES} (5,)"),
+        (
+            {"terminations": FLAGS[1:]},
+            ValueError,
+            f"terminations must have shape (4, 2) {SHAPES} (3, 2)",
+        ),
+        (
+            {"truncations": FLAGS.T},
+            ValueError,
+            f"truncations must have shape (4, 2) {SHAPES} (2, 4)",
+        ),
+        ({"gamma": 1.5}, ValueError, "gamma must be in [0, 1], not 1.5"),
+        ({"gamma": float("nan")}, ValueError, "gamma must be in [0, 1], not nan"),
+        ({"gamma": "0.9"}, TypeError, "gamma must be a number, not str"),
+        ({"gae_lambda": -0.1}, ValueError, "gae_lambda must be in [0, 1], not -0.1"),
+        ({"gae_lambda": float("inf")}, ValueError, "gae_lambda must be in [0, 1], not inf"),
+        ({"gae_lambda": 10**20}, ValueError, "gae_lambda must be in [0, 1], not 1"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(wrong, error, message):
+    with pytest.raises(error) as raised:
+        compute_gae(**case(**wrong))
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (0, 0)])
+def test_empty_rollouts_give_empty_arrays(dtype, shape):
+    values = np.zeros((shape[0] + 1, *shape[1:]), dtype)
+    flags = np.zeros(shape, bool)
+    for array in compute_gae(values[1:], values, flags, flags, 0.9, 0.8):
+        assert array.shape == shape and array.dtype == dtype
+
+
+def test_a_flag_is_set_by_any_byte_but_0():
+    rng = np.random.default_rng(0)
+    rewards, values, *flags, gamma, gae_lambda = random_case(rng, (20, 9), "f4", 0.9, 0.8)
+    odd = [(flag * rng.integers(1, 256, flag.shape)).astype("u1").view(bool) for flag in flags]
+    expected = compute_gae(rewards, values, *flags, gamma, gae_lambda)
+    assert all(map(same_bits, compute_gae(rewards, values, *odd, gamma, gae_lambda), expected))
+
+
+def test_inputs_are_never_written():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        *arrays, gamma, gae_lambda = random_case(rng, (20, 19), "f4", 0.9, 0.8)
+        before = [array.tobytes() for array in arrays]
+        outputs = compute_gae(*arrays, gamma, gae_lambda)
+        assert before == [array.tobytes() for array in arrays]
+        pairs = itertools.combinations([*outputs, *arrays], 2)
+        assert not any(np.shares_memory(a, b) for a, b in pairs)
+
+
+def test_outputs_are_new_writable_arrays_in_c_order():
+    rewards, values, *flags, gamma, gae_lambda = case().values()
+    for matrix in (np.asfortranarray(rewards), rewards.view(np.matrix)):
+        for array in compute_gae(matrix, values, *flags, gamma, gae_lambda):
+            assert type(array) is np.ndarray
+            assert array.flags.c_contiguous and array.flags.writeable and array.flags.owndata
+
+
+def test_the_gil_is_released():
+    """With preemption off, the other thread moves on only if the kernel lets it."""
+    arguments = random_case(np.random.default_rng(0), (256, 4096), "f4", 0.9, 0.8)
+    progress, done = 0, False
+
+    def count():
+        nonlocal progress
+        while not done:
+            progress += 1
+            time.sleep(0)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    thread = threading.Thread(target=count)
+    try:
+        thread.start()
+        for _ in range(1000):
+            before = progress
+            compute_gae(*arguments)
+            if moved := progress > before:
+                break
+    finally:
+        done = True
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert moved
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (128, 4096)])
+def test_eight_threads_on_shared_inputs_agree(shape):
+    arguments = random_case(np.random.default_rng(0), shape, "f4", 0.9, 0.8)
+    expected = compute_gae(*arguments)
+    with ThreadPoolExecutor(8) as pool:
+        for result in pool.map(lambda _: compute_gae(*arguments), range(64)):
+            assert all(map(same_bits, result, expected))
+
+
+AFTER_A_FORK = """
+import os, numpy as np
+from gae_kernel import compute_gae
+x, flags = np.ones((128, 4096), "f4"), np.zeros((128, 4096), bool)
+call = lambda: compute_gae(x, np.ones((129, 4096), "f4"), flags, flags, 0.9, 0.8)[0].tobytes()
+expected = call()
+child = os.fork()
+if not child:
+    os._exit(call() != expected)
+assert os.waitpid(child, 0)[1] == 0 and call() == expected
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_a_fork_after_first_use_does_not_hang():
+    subprocess.run([sys.executable, "-c", AFTER_A_FORK], check=True, timeout=60)
+
+
+def test_random_calls_are_answered_rightly_or_refused_and_leak_nothing():
+    fuzz(1_000)
+    tracemalloc.start()
+    try:
+        fuzz(1_000)
+        before, _ = tracemalloc.get_traced_memory()
+        answered, refused = fuzz(10_000, seed=1)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert answered > 1_000 and refused > 1_000
+    assert after - before < 50_000
