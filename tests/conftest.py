@@ -8,5 +8,5 @@ def pytest_sessionstart():
     except ImportError as error:
         raise pytest.UsageError(
             f"The Rust kernel is not built ({error}). Build it and run the tests with "
-            "`python -m uv run --extra test pytest`, or install it with `pip install .`"
+            "`python -m uv run pytest`, or install it with `pip install .`"
         ) from error

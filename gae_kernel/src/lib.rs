@@ -74,13 +74,14 @@ fn run<'py, T: Element + gae::Float>(
     };
     let shape = &[steps, envs][..rewards.ndim()];
     let values_shape = &[steps + 1, envs][..rewards.ndim()];
-    let rewards = input::<T>("rewards", dtype, rewards, shape, shape)?;
-    let values = input::<T>("values", dtype, values, values_shape, shape)?;
-    let terminations = input::<bool>("terminations", "bool array", terminations, shape, shape)?;
-    let truncations = input::<bool>("truncations", "bool array", truncations, shape, shape)?;
+    let values = checked::<T>("values", dtype, values, values_shape, shape)?;
+    let terminations = checked::<bool>("terminations", "bool array", terminations, shape, shape)?;
+    let truncations = checked::<bool>("truncations", "bool array", truncations, shape, shape)?;
+    let (rewards, values) = (contiguous(rewards)?, contiguous(values)?);
+    let (terminations, truncations) = (contiguous(terminations)?, contiguous(truncations)?);
     let (advantages, returns) = (empty_like(&rewards)?, empty_like(&rewards)?);
     if rewards.len() > 0 {
-        // SAFETY: `input` returned C-contiguous, aligned arrays of these lengths and the outputs are new,
+        // SAFETY: these arrays are C-contiguous, aligned and of these lengths, and the outputs are new,
         // so nothing else points to them. As with NumPy's own loops, Python threads must not write the inputs meanwhile.
         unsafe {
             let rollout = gae::Rollout {
@@ -110,29 +111,36 @@ fn fraction(name: &str, object: &Bound<PyAny>) -> PyResult<f64> {
     }
 }
 
-/// The argument as a C-contiguous, aligned array, copied only where it is not one.
-fn input<'py, T: Element>(
+fn checked<'a, 'py, T: Element>(
     name: &str,
-    dtype: &str,
-    object: &Bound<'py, PyAny>,
+    expected: &str,
+    object: &'a Bound<'py, PyAny>,
     shape: &[usize],
     rewards_shape: &[usize],
-) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
+) -> PyResult<&'a Bound<'py, PyArrayDyn<T>>> {
     let py = object.py();
     let array = object
         .cast::<PyArrayDyn<T>>()
-        .map_err(|_| wrong_type(name, dtype, object))?;
+        .map_err(|_| wrong_type(name, expected, object))?;
     if array.shape() != shape {
-        let [expected, rewards_shape, actual] =
+        let [shape, rewards_shape, actual] =
             [shape, rewards_shape, array.shape()].map(|shape| PyTuple::new(py, shape));
         return Err(PyValueError::new_err(format!(
             "{name} must have shape {} for rewards of shape {}, not {}",
-            expected?, rewards_shape?, actual?
+            shape?, rewards_shape?, actual?
         )));
     }
+    Ok(array)
+}
+
+/// The array itself, or a copy where it is not aligned and in C order.
+fn contiguous<'py, T: Element>(
+    array: &Bound<'py, PyArrayDyn<T>>,
+) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
     if array.is_c_contiguous() && array.is_aligned() {
         return Ok(array.clone());
     }
+    let py = array.py();
     let order = [("order", "C")].into_py_dict(py)?;
     let copy = py
         .import("numpy")?
