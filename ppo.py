@@ -1,0 +1,329 @@
+"""Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
+
+VPG + a clipped probability ratio, which makes several epochs of minibatches over one rollout safe:
+
+    L(theta) = E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi_theta(a|s) / pi_old(a|s)
+
+Run: python ppo.py --env-id CartPole-v1
+"""
+
+import json
+import math
+import time
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.wrappers import vector as wrappers
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+
+try:
+    from tqdm import tqdm
+except ImportError:  # no progress bar, then
+    from unittest.mock import MagicMock as tqdm
+
+Distribution.set_default_validate_args(False)
+
+
+Batch = namedtuple("Batch", "observations actions rewards terminations truncations valid episodes")
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment
+    seed: int = 1  # decides everything: parameters, actions, environments, minibatches
+    total_timesteps: int = 50_000  # environment steps to train for, over all environments
+    num_envs: int = 8  # environments stepped side by side
+    device: str = "cpu"  # where the networks live; small ones are fastest on the CPU
+    learning_rate: float = 5e-3  # Adam's step size
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    gamma: float = 0.99  # discount factor
+    max_grad_norm: float = 0.5  # longest gradient of one optimizer step
+    normalize_observations: bool = False  # scale observations by their running statistics
+    normalize_rewards: bool = False  # scale rewards by the running deviation of the return
+    eval_episodes: int = 100  # episodes of the evaluation at the end
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    num_steps: int = 128  # steps of each environment in a rollout
+    gae_lambda: float = 0.97  # GAE's lambda: 0 is one-step TD, 1 is Monte Carlo
+    norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
+    vf_coef: float = 0.5  # weight of the value loss
+    num_minibatches: int = 4  # minibatches in an epoch
+    update_epochs: int = 6  # epochs over a rollout
+    clip_coef: float = 0.2  # eps: how far from 1 the ratio still counts
+    clip_vloss: bool = False  # clip the change of the value, too
+    target_kl: float | None = None  # KL to the old policy beyond which no epoch starts
+
+
+def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
+
+    rewards, terminations, truncations: (T, N) or (T,); values: a row more, the last the bootstrap.
+    float32 or float64, flags bool. A termination has no successor; a truncation's is bootstrapped.
+    Returns (advantages, returns), shaped and typed like rewards.
+    """
+    discounts = gamma * (~terminations).astype(values.dtype)
+    decays = gamma * gae_lambda * (~(terminations | truncations)).astype(values.dtype)
+    deltas = rewards + discounts * values[1:] - values[:-1]
+    advantages, advantage = np.empty_like(deltas), 0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
+    return advantages, advantages + values[:-1]
+
+
+try:
+    from gae_kernel import compute_gae  # the same in Rust, bit for bit
+except ImportError:
+    compute_gae = compute_gae_python
+
+
+def mlp(num_inputs: int, num_outputs: int, std: float) -> nn.Sequential:
+    """Two tanh layers of 64 with orthogonal weights; std scales those of the output."""
+    linear = nn.Linear(num_inputs, 64), nn.Linear(64, 64), nn.Linear(64, num_outputs)
+    for layer, gain in zip(linear, (math.sqrt(2), math.sqrt(2), std), strict=True):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(linear[0], nn.Tanh(), linear[1], nn.Tanh(), linear[2])
+
+
+class Agent(nn.Module):
+    """Policy and value networks over (M, D) float32 observations."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        super().__init__()
+        space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
+        self.discrete, self.shape = isinstance(space, gym.spaces.Discrete), space.shape
+        self.normalize = nn.Sequential()
+        if args.normalize_observations:  # by statistics that a call updates in train() mode only
+            norm = nn.BatchNorm1d(num_inputs, eps=1e-8, momentum=None, affine=False)
+            self.normalize = nn.Sequential(norm, nn.Hardtanh(-10, 10)).eval()
+        self.actor = mlp(num_inputs, int(space.n) if self.discrete else math.prod(self.shape), 0.01)
+        if not self.discrete:
+            self.actor.log_std = nn.Parameter(torch.zeros(self.shape))
+        self.critic = mlp(num_inputs, 1, 1.0)
+
+    def policy(self, observations: Tensor) -> Distribution:
+        """The distribution of the actions at each of M observations."""
+        outputs = self.actor(self.normalize(observations))
+        if self.discrete:
+            return Categorical(logits=outputs)
+        means = outputs.unflatten(-1, self.shape)
+        return Independent(Normal(means, self.actor.log_std.exp()), len(self.shape))
+
+    def value(self, observations: Tensor) -> Tensor:
+        """V(s) at each of M observations, shape (M,)."""
+        return self.critic(self.normalize(observations)).squeeze(-1)
+
+
+def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
+    """num_envs environments with flat observations; actions beyond the bounds are clipped."""
+    try:
+        envs = gym.make_vec(args.env_id, num_envs)
+    except gym.error.Error as error:
+        raise ValueError(f"--env-id {args.env_id}: {error}") from error
+    observations, actions = envs.single_observation_space, envs.single_action_space
+    mode, next_step = envs.metadata.get("autoreset_mode"), gym.vector.AutoresetMode.NEXT_STEP
+    served = isinstance(actions, gym.spaces.Box) or getattr(actions, "start", None) == 0
+    if mode != next_step or not observations.is_np_flattenable or not served:
+        needs = f"{next_step}, flattenable observations and Discrete or Box actions"
+        raise ValueError(
+            f"--env-id {args.env_id}: has {mode}, {observations}, {actions}; needs {needs}"
+        )
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+        envs = wrappers.FlattenObservation(envs)
+    if isinstance(actions, gym.spaces.Box):
+        envs = wrappers.TransformAction(envs, lambda a: a.clip(actions.low, actions.high))
+    return envs
+
+
+@torch.inference_mode()
+def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndarray:
+    """One action at each of N observations: sampled or, if greedy, the most likely."""
+    device = next(agent.parameters()).device
+    policy = agent.policy(torch.as_tensor(observations, dtype=torch.float32, device=device))
+    return (policy.mode if greedy else policy.sample()).cpu().numpy()
+
+
+def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) -> Iterator[Batch]:
+    """Yields num_steps steps of every environment, going on where the last ones were cut.
+
+    Time-major (T, N, ...) arrays. observations has T + 1 rows: row t + 1 is the true successor of
+    row t. valid is False where a step only reset its environment (AutoresetMode.NEXT_STEP).
+    episodes holds the (return, length) of those that ended.
+    """
+    observation, _ = envs.reset(seed=seed)
+    ended = np.zeros(args.num_envs, dtype=bool)
+    while True:
+        observations, steps, episodes = [observation], [], []
+        for _ in range(args.num_steps):
+            action, valid = act(agent, observation), ~ended
+            observation, reward, termination, truncation, infos = envs.step(action)
+            observations.append(observation)
+            steps.append((action, reward, termination, truncation, valid))
+            ended = termination | truncation
+            if ended.any():
+                episodes += zip(*(infos["episode"][key][ended] for key in "rl"), strict=True)
+        actions, rewards, *flags = map(np.stack, zip(*steps, strict=True))
+        observations = np.stack(observations, dtype=np.float32)
+        yield Batch(observations, actions, rewards.astype(np.float32), *flags, episodes)
+
+
+def estimate(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, ...]:
+    """Observations, actions, values, advantages and returns of the M valid steps."""
+    device = next(agent.parameters()).device
+    observations = torch.as_tensor(batch.observations, device=device)
+    with torch.no_grad():
+        values = agent.value(observations.flatten(0, 1)).view(observations.shape[:2])
+    rewards, baseline, ends = batch.rewards, values.cpu().numpy(), batch[3:5]
+    advantages, returns = compute_gae(rewards, baseline, *ends, args.gamma, args.gae_lambda)
+    columns = (observations[:-1], batch.actions, values[:-1], advantages, returns)
+    valid = torch.as_tensor(batch.valid, device=device)
+    return tuple(torch.as_tensor(column, device=device)[valid] for column in columns)
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Tensor, args: Args) -> Tensor:
+    """One step down the clipped gradient of loss; returns the norm that it had."""
+    optimizer.zero_grad()
+    loss.backward()
+    (group,) = optimizer.param_groups
+    grad_norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+    optimizer.step()
+    return grad_norm
+
+
+def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
+    return [torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)]
+
+
+def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
+    """Epochs of minibatches over one rollout; returns metrics averaged over all minibatches."""
+    (optimizer,) = optimizers
+    observations, actions, values, advantages, returns = estimate(agent, batch, args)
+    with torch.no_grad():
+        log_probs = agent.policy(observations).log_prob(actions)
+    data = (observations, actions, log_probs, values, advantages, returns)
+    explained_variance = 1 - (returns - values).var() / returns.var().clamp_min(1e-8)
+    metrics = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(data[0]), device=args.device)
+        minibatches = zip(*(x[order].tensor_split(args.num_minibatches) for x in data), strict=True)
+        for observations, actions, log_probs, values, advantages, returns in minibatches:
+            policy, new_values = agent.policy(observations), agent.value(observations)
+            if args.norm_adv:
+                advantages = nn.functional.layer_norm(advantages, advantages.shape, eps=1e-8)
+            log_ratio = policy.log_prob(actions) - log_probs
+            ratio = log_ratio.exp()
+            clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+            errors = (new_values - returns).square()
+            if args.clip_vloss:
+                changes = (new_values - values).clamp(-args.clip_coef, args.clip_coef)
+                errors = torch.max(errors, (values + changes - returns).square())
+            value_loss, entropy = 0.5 * errors.mean(), policy.entropy().mean()
+            loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+            grad_norm = step(optimizer, loss, args)
+            with torch.no_grad():
+                approx_kl = (ratio - 1 - log_ratio).mean()
+                clipfrac = (ratio != clipped_ratio).float().mean()
+                losses = (policy_loss, value_loss, entropy, approx_kl, clipfrac, grad_norm)
+                metrics.append(torch.stack(losses))
+        if args.target_kl is not None and approx_kl > args.target_kl:
+            break
+    names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
+    means = torch.stack(metrics).mean(0).tolist()
+    return dict(zip(names, means, strict=True)) | {"explained_variance": explained_variance.item()}
+
+
+def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
+    """Mean return of eval_episodes episodes, one in each of as many new environments."""
+    envs = make_envs(args, args.eval_episodes)
+    observations, _ = envs.reset(seed=args.seed)
+    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
+    while running.any():
+        actions = act(agent, observations, greedy)
+        observations, rewards, terminations, truncations, _ = envs.step(actions)
+        returns += rewards * running
+        running &= ~(terminations | truncations)
+    envs.close()
+    return float(returns.mean())
+
+
+def check(args: Args) -> None:
+    """Raises ValueError, naming the argument and its value, for what cannot work."""
+    for name, value in vars(args).items():
+        low = 1 if type(value) is int and name != "seed" else 0
+        high = 1 if name in ("gamma", "gae_lambda") else math.inf
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
+    size, num_minibatches = (vars(args).get(name, 1) for name in ("num_steps", "num_minibatches"))
+    size *= args.num_envs
+    if args.total_timesteps < size:
+        raise ValueError(
+            f"--total-timesteps {args.total_timesteps}: must be {size}, a rollout, or more"
+        )
+    if size % num_minibatches:
+        raise ValueError(f"--num-minibatches {num_minibatches}: must divide {size}, a rollout")
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {args.device}: {error}") from error
+
+
+def train(args: Args) -> float:
+    """Trains an agent, records it under runs/, returns its mean return over greedy episodes."""
+    check(args)
+    torch.set_num_threads(1)  # as fast for networks of this size, and leaves cores to other runs
+    torch.manual_seed(args.seed)
+    envs = wrappers.RecordEpisodeStatistics(make_envs(args, args.num_envs))
+    if args.normalize_rewards:
+        envs = wrappers.NormalizeReward(envs, args.gamma)
+        envs = wrappers.TransformReward(envs, lambda rewards: rewards.clip(-10, 10))
+    agent = Agent(envs, args).to(args.device)
+    optimizers, batches = make_optimizers(agent, args), rollouts(agent, envs, args, args.seed)
+    run_dir = Path("runs", f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}")
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+    backend = "NumPy" if compute_gae is compute_gae_python else "Rust"
+    print(f"{run_dir}: GAE in {backend}, networks on {args.device}")
+    global_step, start = 0, time.perf_counter()
+    progress = tqdm(total=args.total_timesteps, unit=" steps")
+    while global_step < args.total_timesteps:
+        remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * remaining
+        batch = next(batches)
+        losses = update(agent, optimizers, batch, args)
+        observations = torch.as_tensor(batch.observations, device=args.device)
+        agent.normalize.train()(observations.flatten(0, 1))
+        agent.normalize.eval()
+        progress.update(int(batch.valid.sum()))
+        global_step += int(batch.valid.sum())
+        episodic_return, length = np.mean(batch.episodes or [(math.nan, math.nan)], axis=0)
+        metrics = {
+            "global_step": global_step,
+            "charts/episodic_return": episodic_return,
+            "charts/episodic_length": length,
+            "charts/learning_rate": group["lr"],
+            "charts/SPS": global_step / (time.perf_counter() - start),
+        } | {f"losses/{name}": value for name, value in losses.items()}
+        with open(run_dir / "metrics.csv", "a") as file:
+            if not file.tell():
+                print(*metrics, sep=",", file=file)
+            print(*metrics.values(), sep=",", file=file)
+        progress.set_postfix(episodic_return=f"{episodic_return:.1f}")
+    progress.close()
+    envs.close()
+    greedy, sampled = (evaluate(agent, args, greedy) for greedy in (True, False))
+    print(
+        f"Mean return of {args.eval_episodes} episodes: greedy {greedy:.2f}, sampled {sampled:.2f}"
+    )
+    return greedy
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
