@@ -152,9 +152,8 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) -> Iterator[Batch]:
     """Yields num_steps steps of every environment, going on where the last ones were cut.
 
-    Time-major (T, N, ...) arrays. observations has T + 1 rows: row t + 1 is the true successor of
-    row t. valid is False where a step only reset its environment (AutoresetMode.NEXT_STEP).
-    episodes holds the (return, length) of those that ended.
+    Arrays are (T, N, ...). observations has a row more: row t + 1 is the true successor of row t.
+    valid is False where a step only reset its environment; episodes are (return, length) pairs.
     """
     observation, _ = envs.reset(seed=seed)
     ended = np.zeros(args.num_envs, dtype=bool)
@@ -166,24 +165,25 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) ->
             observations.append(observation)
             steps.append((action, reward, termination, truncation, valid))
             ended = termination | truncation
-            if ended.any():
-                episodes += zip(*(infos["episode"][key][ended] for key in "rl"), strict=True)
+            if "episode" in infos:
+                episodes += zip(
+                    *(infos["episode"][key][ended & valid] for key in "rl"), strict=True
+                )
         actions, rewards, *flags = map(np.stack, zip(*steps, strict=True))
         observations = np.stack(observations, dtype=np.float32)
         yield Batch(observations, actions, rewards.astype(np.float32), *flags, episodes)
 
 
-def estimate(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, ...]:
+def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
     """Observations, actions, values, advantages and returns of the M valid steps."""
-    device = next(agent.parameters()).device
-    observations = torch.as_tensor(batch.observations, device=device)
+    observations = torch.as_tensor(batch.observations, device=args.device)
     with torch.no_grad():
         values = agent.value(observations.flatten(0, 1)).view(observations.shape[:2])
-    rewards, baseline, ends = batch.rewards, values.cpu().numpy(), batch[3:5]
-    advantages, returns = compute_gae(rewards, baseline, *ends, args.gamma, args.gae_lambda)
+    baseline, ends = values.cpu().numpy(), (batch.terminations, batch.truncations)
+    advantages, returns = compute_gae(batch.rewards, baseline, *ends, args.gamma, args.gae_lambda)
     columns = (observations[:-1], batch.actions, values[:-1], advantages, returns)
-    valid = torch.as_tensor(batch.valid, device=device)
-    return tuple(torch.as_tensor(column, device=device)[valid] for column in columns)
+    valid = torch.as_tensor(batch.valid, device=args.device)
+    return [torch.as_tensor(column, device=args.device)[valid] for column in columns]
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor, args: Args) -> Tensor:
@@ -204,11 +204,10 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     """Epochs of minibatches over one rollout; returns metrics averaged over all minibatches."""
     (optimizer,) = optimizers
     observations, actions, values, advantages, returns = estimate(agent, batch, args)
+    explained_variance = 1 - (returns - values).var() / returns.var().clamp_min(1e-8)
     with torch.no_grad():
         log_probs = agent.policy(observations).log_prob(actions)
-    data = (observations, actions, log_probs, values, advantages, returns)
-    explained_variance = 1 - (returns - values).var() / returns.var().clamp_min(1e-8)
-    metrics = []
+    data, metrics = (observations, actions, log_probs, values, advantages, returns), []
     for _ in range(args.update_epochs):
         order = torch.randperm(len(data[0]), device=args.device)
         minibatches = zip(*(x[order].tensor_split(args.num_minibatches) for x in data), strict=True)
@@ -228,10 +227,10 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
             loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
             grad_norm = step(optimizer, loss, args)
             with torch.no_grad():
-                approx_kl = (ratio - 1 - log_ratio).mean()
+                approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
                 clipfrac = (ratio != clipped_ratio).float().mean()
-                losses = (policy_loss, value_loss, entropy, approx_kl, clipfrac, grad_norm)
-                metrics.append(torch.stack(losses))
+            losses = (policy_loss, value_loss, entropy, approx_kl, clipfrac, grad_norm)
+            metrics.append(torch.stack(losses).detach())
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
@@ -255,23 +254,16 @@ def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
 
 def check(args: Args) -> None:
     """Raises ValueError, naming the argument and its value, for what cannot work."""
+    size = args.num_envs * getattr(args, "num_steps", 1)
+    bounds = {"total_timesteps": (size, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
-        low = 1 if type(value) is int and name != "seed" else 0
-        high = 1 if name in ("gamma", "gae_lambda") else math.inf
+        low, high = bounds.get(name, (int(type(value) is int and name != "seed"), math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
-    size, num_minibatches = (vars(args).get(name, 1) for name in ("num_steps", "num_minibatches"))
-    size *= args.num_envs
-    if args.total_timesteps < size:
-        raise ValueError(
-            f"--total-timesteps {args.total_timesteps}: must be {size}, a rollout, or more"
-        )
-    if size % num_minibatches:
-        raise ValueError(f"--num-minibatches {num_minibatches}: must divide {size}, a rollout")
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device {args.device}: {error}") from error
+    if size % (num_minibatches := getattr(args, "num_minibatches", 1)):
+        raise ValueError(f"--num-minibatches {num_minibatches}: must divide {size} steps a rollout")
+    if "cuda" in args.device and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: PyTorch finds no GPU here, --device cpu works")
 
 
 def train(args: Args) -> float:
@@ -294,7 +286,7 @@ def train(args: Args) -> float:
     progress = tqdm(total=args.total_timesteps, unit=" steps")
     while global_step < args.total_timesteps:
         remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for (group,) in (optimizer.param_groups for optimizer in optimizers):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * remaining
         batch = next(batches)
         losses = update(agent, optimizers, batch, args)

@@ -136,10 +136,10 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
 
 
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) -> Iterator[Batch]:
-    """Yields one whole episode of every environment, time-major: (T, N, ...) for the longest one.
+    """Yields one whole episode of every environment.
 
-    observations has T + 1 rows. valid is False from the step after an environment's episode on.
-    episodes holds each one's (return, length).
+    Arrays are (T, N, ...). observations has a row more: row t + 1 is the true successor of row t.
+    valid is False after an environment's episode; episodes are (return, length) pairs.
     """
     while True:
         observation, _ = envs.reset(seed=seed)
@@ -150,13 +150,27 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) ->
             observation, reward, termination, truncation, infos = envs.step(action)
             observations.append(observation)
             steps.append((action, reward, termination, truncation, valid))
-            ending = (termination | truncation) & valid
-            ended |= ending
-            if ending.any():
-                episodes += zip(*(infos["episode"][key][ending] for key in "rl"), strict=True)
+            ended |= termination | truncation
+            if "episode" in infos:
+                episodes += zip(
+                    *(infos["episode"][key][ended & valid] for key in "rl"), strict=True
+                )
         actions, rewards, *flags = map(np.stack, zip(*steps, strict=True))
         observations = np.stack(observations, dtype=np.float32)
         yield Batch(observations, actions, rewards.astype(np.float32), *flags, episodes)
+
+
+def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
+    """Observations, actions and returns of the M valid steps."""
+    observations = torch.as_tensor(batch.observations, device=args.device)
+    # With V = 0 and lambda = 1 GAE's returns are the discounted sums of the rewards to come.
+    baseline, ends = np.zeros_like(batch.observations[..., 0]), batch[3:5]
+    _, returns = compute_gae(batch.rewards, baseline, *ends, args.gamma, 1.0)
+    if not args.reward_to_go:
+        returns[:] = returns[0]
+    columns = (observations[:-1], batch.actions, returns)
+    valid = torch.as_tensor(batch.valid, device=args.device)
+    return [torch.as_tensor(column, device=args.device)[valid] for column in columns]
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor, args: Args) -> Tensor:
@@ -176,25 +190,13 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """One policy step on one episode of every environment; returns metrics."""
     (optimizer,) = optimizers
-    # With V = 0 and lambda = 1 GAE's returns are the discounted sums of the rewards to come.
-    values = np.zeros_like(batch.observations[..., 0])
-    _, returns = compute_gae(batch.rewards, values, *batch[3:5], args.gamma, 1.0)
-    if not args.reward_to_go:
-        returns[:] = returns[0]
-    valid = torch.as_tensor(batch.valid, device=args.device)
-    columns = (batch.observations[:-1], batch.actions, returns)
-    observations, actions, weights = (
-        torch.as_tensor(x, device=args.device)[valid] for x in columns
-    )
+    observations, actions, returns = estimate(agent, batch, args)
     policy = agent.policy(observations)
-    policy_loss = -(policy.log_prob(actions) * weights).sum() / args.num_envs
+    policy_loss = -(policy.log_prob(actions) * returns).sum() / args.num_envs
     grad_norm = step(optimizer, policy_loss, args)
-    losses = {
-        "policy_loss": policy_loss,
-        "entropy": policy.entropy().mean(),
-        "grad_norm": grad_norm,
-    }
-    return {name: loss.item() for name, loss in losses.items()}
+    names = ("policy_loss", "entropy", "grad_norm")
+    losses = (policy_loss, policy.entropy().mean(), grad_norm)
+    return dict(zip(names, torch.stack(losses).tolist(), strict=True))
 
 
 def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
@@ -213,23 +215,16 @@ def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
 
 def check(args: Args) -> None:
     """Raises ValueError, naming the argument and its value, for what cannot work."""
+    size = args.num_envs * getattr(args, "num_steps", 1)
+    bounds = {"total_timesteps": (size, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
-        low = 1 if type(value) is int and name != "seed" else 0
-        high = 1 if name in ("gamma", "gae_lambda") else math.inf
+        low, high = bounds.get(name, (int(type(value) is int and name != "seed"), math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
-    size, num_minibatches = (vars(args).get(name, 1) for name in ("num_steps", "num_minibatches"))
-    size *= args.num_envs
-    if args.total_timesteps < size:
-        raise ValueError(
-            f"--total-timesteps {args.total_timesteps}: must be {size}, a rollout, or more"
-        )
-    if size % num_minibatches:
-        raise ValueError(f"--num-minibatches {num_minibatches}: must divide {size}, a rollout")
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device {args.device}: {error}") from error
+    if size % (num_minibatches := getattr(args, "num_minibatches", 1)):
+        raise ValueError(f"--num-minibatches {num_minibatches}: must divide {size} steps a rollout")
+    if "cuda" in args.device and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: PyTorch finds no GPU here, --device cpu works")
 
 
 def train(args: Args) -> float:
@@ -252,7 +247,7 @@ def train(args: Args) -> float:
     progress = tqdm(total=args.total_timesteps, unit=" steps")
     while global_step < args.total_timesteps:
         remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for (group,) in (optimizer.param_groups for optimizer in optimizers):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * remaining
         batch = next(batches)
         losses = update(agent, optimizers, batch, args)
