@@ -7,7 +7,6 @@ V is a baseline, which lowers the variance, and stands in for what follows a rol
 Run: python vpg.py --env-id CartPole-v1
 """
 
-import json
 import math
 import time
 from collections import namedtuple
@@ -29,8 +28,6 @@ except ImportError:  # no progress bar, then
     from unittest.mock import MagicMock as tqdm
 
 Distribution.set_default_validate_args(False)
-
-
 Batch = namedtuple("Batch", "observations actions rewards terminations truncations valid episodes")
 
 
@@ -51,16 +48,16 @@ class Args:
     num_steps: int = 128  # steps of each environment in a rollout
     gae_lambda: float = 0.97  # GAE's lambda: 0 is one-step TD, 1 is Monte Carlo
     norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
-    vf_learning_rate: float = 5e-3  # Adam's step size for the value network
-    vf_epochs: int = 5  # value steps on a rollout
+    vf_learning_rate: float = 2e-2  # Adam's step size for the value network
+    vf_epochs: int = 10  # value steps on a rollout
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
 
     rewards, terminations, truncations: (T, N) or (T,); values: a row more, the last the bootstrap.
-    float32 or float64, flags bool. A termination has no successor; a truncation's is bootstrapped.
-    Returns (advantages, returns), shaped and typed like rewards.
+    float32 or float64, flags bool. Truncations bootstrap, terminations do not. Returns (advantages,
+    returns), shaped and typed like rewards.
     """
     discounts = gamma * (~terminations).astype(values.dtype)
     decays = gamma * gae_lambda * (~(terminations | truncations)).astype(values.dtype)
@@ -87,9 +84,9 @@ def mlp(num_inputs: int, num_outputs: int, std: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Policy and value networks over (M, D) float32 observations."""
+    """Networks over (M, D) float32 observations."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+    def __init__(self, envs, args: Args):
         super().__init__()
         space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
         self.discrete, self.shape = isinstance(space, gym.spaces.Discrete), space.shape
@@ -99,7 +96,7 @@ class Agent(nn.Module):
             self.normalize = nn.Sequential(norm, nn.Hardtanh(-10, 10)).eval()
         self.actor = mlp(num_inputs, int(space.n) if self.discrete else math.prod(self.shape), 0.01)
         if not self.discrete:
-            self.actor.log_std = nn.Parameter(torch.zeros(self.shape))
+            self.actor.log_std = self.log_std = nn.Parameter(torch.zeros(self.shape))
         self.critic = mlp(num_inputs, 1, 1.0)
 
     def policy(self, observations: Tensor) -> Distribution:
@@ -108,7 +105,7 @@ class Agent(nn.Module):
         if self.discrete:
             return Categorical(logits=outputs)
         means = outputs.unflatten(-1, self.shape)
-        return Independent(Normal(means, self.actor.log_std.exp()), len(self.shape))
+        return Independent(Normal(means, self.log_std.exp()), len(self.shape))
 
     def value(self, observations: Tensor) -> Tensor:
         """V(s) at each of M observations, shape (M,)."""
@@ -122,13 +119,12 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     except gym.error.Error as error:
         raise ValueError(f"--env-id {args.env_id}: {error}") from error
     observations, actions = envs.single_observation_space, envs.single_action_space
-    mode, next_step = envs.metadata.get("autoreset_mode"), gym.vector.AutoresetMode.NEXT_STEP
-    served = isinstance(actions, gym.spaces.Box) or getattr(actions, "start", None) == 0
-    if mode != next_step or not observations.is_np_flattenable or not served:
-        needs = f"{next_step}, flattenable observations and Discrete or Box actions"
-        raise ValueError(
-            f"--env-id {args.env_id}: has {mode}, {observations}, {actions}; needs {needs}"
-        )
+    mode, needed = envs.metadata.get("autoreset_mode"), gym.vector.AutoresetMode.NEXT_STEP
+    if mode != needed:
+        raise ValueError(f"--env-id {args.env_id}: must reset by {needed}, not {mode}")
+    served = isinstance(actions, gym.spaces.Box | gym.spaces.Discrete)
+    if not (served and observations.is_np_flattenable and getattr(actions, "start", 0) == 0):
+        raise ValueError(f"--env-id {args.env_id}: cannot serve {observations} with {actions}")
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
         envs = wrappers.FlattenObservation(envs)
     if isinstance(actions, gym.spaces.Box):
@@ -147,30 +143,29 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) -> Iterator[Batch]:
     """Yields num_steps steps of every environment, going on where the last ones were cut.
 
-    Arrays are (T, N, ...). observations has a row more: row t + 1 is the true successor of row t.
-    valid is False where a step only reset its environment; episodes are (return, length) pairs.
+    Arrays are (T, N, ...); observations' row t + 1, of T + 1, is the true successor of row t.
+    valid marks the steps to learn from; episodes are the (return, length) of those that ended.
     """
     observation, _ = envs.reset(seed=seed)
     ended = np.zeros(args.num_envs, dtype=bool)
     while True:
-        observations, steps, episodes = [observation], [], []
+        observations, steps, episodes = [observation], [], list[tuple]()
         for _ in range(args.num_steps):
             action, valid = act(agent, observation), ~ended
             observation, reward, termination, truncation, infos = envs.step(action)
             observations.append(observation)
-            steps.append((action, reward, termination, truncation, valid))
+            steps.append((action, reward.astype(np.float32), termination, truncation, valid))
             ended = termination | truncation
             if "episode" in infos:
                 episodes += zip(
                     *(infos["episode"][key][ended & valid] for key in "rl"), strict=True
                 )
-        actions, rewards, *flags = map(np.stack, zip(*steps, strict=True))
-        observations = np.stack(observations, dtype=np.float32)
-        yield Batch(observations, actions, rewards.astype(np.float32), *flags, episodes)
+        columns = map(np.stack, zip(*steps, strict=True))
+        yield Batch._make((np.stack(observations, dtype=np.float32), *columns, episodes))
 
 
 def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
-    """Observations, actions, values, advantages and returns of the M valid steps."""
+    """Columns of the M valid steps for `update`, on the device."""
     observations = torch.as_tensor(batch.observations, device=args.device)
     with torch.no_grad():
         values = agent.value(observations.flatten(0, 1)).view(observations.shape[:2])
@@ -185,21 +180,19 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor, args: Args) -> Tensor:
     """One step down the clipped gradient of loss; returns the norm that it had."""
     optimizer.zero_grad()
     loss.backward()
-    (group,) = optimizer.param_groups
-    grad_norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+    grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     optimizer.step()
     return grad_norm
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
-    return [
-        torch.optim.Adam(agent.actor.parameters(), args.learning_rate, eps=1e-5, fused=True),
-        torch.optim.Adam(agent.critic.parameters(), args.vf_learning_rate, eps=1e-5, fused=True),
-    ]
+    """Adam for each network or pair of networks that has a learning rate of its own."""
+    rates = (agent.actor, args.learning_rate), (agent.critic, args.vf_learning_rate)
+    return [torch.optim.Adam(net.parameters(), lr, eps=1e-5, fused=True) for net, lr in rates]
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """One policy step and vf_epochs value steps on one rollout; returns metrics."""
+    """One iteration's learning from one batch; returns metrics."""
     policy_optimizer, value_optimizer = optimizers
     observations, actions, values, advantages, returns = estimate(agent, batch, args)
     explained_variance = 1 - (returns - values).var() / returns.var().clamp_min(1e-8)
@@ -245,11 +238,11 @@ def check(args: Args) -> None:
 
 
 def train(args: Args) -> float:
-    """Trains an agent, records it under runs/, returns its mean return over greedy episodes."""
+    """Trains an agent, records it in a run folder, returns its mean return over greedy episodes."""
     check(args)
     torch.set_num_threads(1)  # as fast for networks of this size, and leaves cores to other runs
     torch.manual_seed(args.seed)
-    envs = wrappers.RecordEpisodeStatistics(make_envs(args, args.num_envs))
+    envs: gym.vector.VectorEnv = wrappers.RecordEpisodeStatistics(make_envs(args, args.num_envs))
     if args.normalize_rewards:
         envs = wrappers.NormalizeReward(envs, args.gamma)
         envs = wrappers.TransformReward(envs, lambda rewards: rewards.clip(-10, 10))
@@ -257,9 +250,7 @@ def train(args: Args) -> float:
     optimizers, batches = make_optimizers(agent, args), rollouts(agent, envs, args, args.seed)
     run_dir = Path("runs", f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}")
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    backend = "NumPy" if compute_gae is compute_gae_python else "Rust"
-    print(f"{run_dir}: GAE in {backend}, networks on {args.device}")
+    print(f"{run_dir}: {compute_gae.__name__} of {compute_gae.__module__}, device {args.device}")
     global_step, start = 0, time.perf_counter()
     progress = tqdm(total=args.total_timesteps, unit=" steps")
     while global_step < args.total_timesteps:
@@ -271,13 +262,12 @@ def train(args: Args) -> float:
         observations = torch.as_tensor(batch.observations, device=args.device)
         agent.normalize.train()(observations.flatten(0, 1))
         agent.normalize.eval()
-        progress.update(int(batch.valid.sum()))
         global_step += int(batch.valid.sum())
-        episodic_return, length = np.mean(batch.episodes or [(math.nan, math.nan)], axis=0)
+        returns, lengths = np.mean(batch.episodes or [(math.nan, math.nan)], axis=0)
         metrics = {
             "global_step": global_step,
-            "charts/episodic_return": episodic_return,
-            "charts/episodic_length": length,
+            "charts/episodic_return": returns,
+            "charts/episodic_length": lengths,
             "charts/learning_rate": group["lr"],
             "charts/SPS": global_step / (time.perf_counter() - start),
         } | {f"losses/{name}": value for name, value in losses.items()}
@@ -285,13 +275,12 @@ def train(args: Args) -> float:
             if not file.tell():
                 print(*metrics, sep=",", file=file)
             print(*metrics.values(), sep=",", file=file)
-        progress.set_postfix(episodic_return=f"{episodic_return:.1f}")
+        progress.set_postfix(episodic_return=f"{returns:.1f}")
+        progress.update(int(batch.valid.sum()))
     progress.close()
     envs.close()
     greedy, sampled = (evaluate(agent, args, greedy) for greedy in (True, False))
-    print(
-        f"Mean return of {args.eval_episodes} episodes: greedy {greedy:.2f}, sampled {sampled:.2f}"
-    )
+    print(f"Mean of {args.eval_episodes} episodes: greedy {greedy:.2f}, sampled {sampled:.2f}")
     return greedy
 
 
