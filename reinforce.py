@@ -52,8 +52,7 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
 
     rewards, terminations, truncations: (T, N) or (T,); values: a row more, the last the bootstrap.
-    float32 or float64, flags bool. Truncations bootstrap, terminations do not. Returns (advantages,
-    returns), shaped and typed like rewards.
+    All float32 or float64, flags bool. Returns (advantages, returns), shaped like rewards.
     """
     discounts = gamma * (~terminations).astype(values.dtype)
     decays = gamma * gae_lambda * (~(terminations | truncations)).astype(values.dtype)
@@ -73,7 +72,7 @@ except ImportError:
 def mlp(num_inputs: int, num_outputs: int, std: float) -> nn.Sequential:
     """Two tanh layers of 64 with orthogonal weights; std scales those of the output."""
     linear = nn.Linear(num_inputs, 64), nn.Linear(64, 64), nn.Linear(64, num_outputs)
-    for layer, gain in zip(linear, (math.sqrt(2), math.sqrt(2), std), strict=True):
+    for layer, gain in zip(linear, (math.sqrt(2), math.sqrt(2), std)):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(linear[0], nn.Tanh(), linear[1], nn.Tanh(), linear[2])
@@ -148,10 +147,8 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) ->
             steps.append((action, reward.astype(np.float32), termination, truncation, valid))
             ended |= termination | truncation
             if "episode" in infos:
-                episodes += zip(
-                    *(infos["episode"][key][ended & valid] for key in "rl"), strict=True
-                )
-        columns = map(np.stack, zip(*steps, strict=True))
+                episodes += zip(*(infos["episode"][key][ended & valid] for key in "rl"))
+        columns = map(np.stack, zip(*steps))
         yield Batch._make((np.stack(observations, dtype=np.float32), *columns, episodes))
         observation, _ = envs.reset()
 
@@ -193,7 +190,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     grad_norm = step(policy_optimizer, policy_loss, args)
     names = ("policy_loss", "entropy", "grad_norm")
     losses = (policy_loss, policy.entropy().mean(), grad_norm)
-    return dict(zip(names, torch.stack(losses).tolist(), strict=True))
+    return dict(zip(names, torch.stack(losses).tolist()))
 
 
 def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
