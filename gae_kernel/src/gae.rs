@@ -2,26 +2,40 @@
 
 use std::ops::{Add, Mul, Sub};
 
-pub trait Float:
-    Copy + Send + Sync + Add<Output = Self> + Mul<Output = Self> + Sub<Output = Self>
-{
+pub trait Float: Copy + Add<Output = Self> + Mul<Output = Self> + Sub<Output = Self> {
+    const ZERO: Self;
     fn round(x: f64) -> Self;
+    /// `self * (1 - end)`, a product as in the reference: 0 * inf is NaN. Of the two ways to write
+    /// it, each type has the one that LLVM makes the faster vector code of.
+    fn unless(self, end: bool) -> Self;
 }
 
 impl Float for f32 {
+    const ZERO: f32 = 0.0;
+    #[inline(always)]
     fn round(x: f64) -> f32 {
         x as f32
+    }
+    #[inline(always)]
+    fn unless(self, end: bool) -> f32 {
+        self * f32::from(u8::from(!end))
     }
 }
 
 impl Float for f64 {
+    const ZERO: f64 = 0.0;
+    #[inline(always)]
     fn round(x: f64) -> f64 {
         x
     }
+    #[inline(always)]
+    fn unless(self, end: bool) -> f64 {
+        if end { self * 0.0 } else { self }
+    }
 }
 
-/// One rollout of `envs` environments, row after row. `values` has one row more than the rest.
-/// A flag is a byte, set where it is not 0: NumPy lets a bool array hold bytes that Rust's `bool` forbids.
+/// T steps of `envs` environments, row after row; `values` has one row more than the rest.
+/// A flag is a byte, set unless 0: NumPy lets a bool array hold bytes that Rust's `bool` forbids.
 #[derive(Clone, Copy)]
 pub struct Rollout<'a, T> {
     pub envs: usize,
@@ -29,71 +43,125 @@ pub struct Rollout<'a, T> {
     pub values: &'a [T],
     pub terminations: &'a [u8],
     pub truncations: &'a [u8],
+    pub gamma: T,
+    /// gamma * gae_lambda, rounded once.
+    pub decay: T,
 }
 
-/// The factor of what follows a step: `[it goes on, it ends]`. The latter is a product, because
-/// 0 * inf is NaN in the reference too.
-type Factor<T> = [T; 2];
-
-/// Writes all of `advantages` and `returns`, which have `rewards`' length.
-pub fn compute_gae<T: Float>(
-    rollout: Rollout<T>,
-    gamma: f64,
-    gae_lambda: f64,
-    advantages: &mut [T],
-    returns: &mut [T],
-) {
-    let factor = |x: f64| [T::round(x) * T::round(1.0), T::round(x) * T::round(0.0)];
-    let (discount, decay) = (factor(gamma), factor(gamma * gae_lambda));
-    let mut env = 0;
-    macro_rules! blocks {
-        ($lanes:literal) => {
-            while rollout.envs - env >= $lanes {
-                block::<T, $lanes>(rollout, env, discount, decay, advantages, returns);
-                env += $lanes;
-            }
-        };
+impl<T: Float> Rollout<'_, T> {
+    #[inline(always)]
+    fn delta(&self, reward: T, value: T, next_value: T, terminated: u8) -> T {
+        reward + self.gamma.unless(terminated != 0) * next_value - value
     }
-    blocks!(16);
-    blocks!(4);
-    blocks!(1);
+
+    #[inline(always)]
+    fn advantage(&self, delta: T, ended: u8, next_advantage: T) -> T {
+        delta + self.decay.unless(ended != 0) * next_advantage
+    }
 }
 
-/// The recursion for the environments `env..env + LANES`, which stay in registers while time runs backwards.
-fn block<T: Float, const LANES: usize>(
-    rollout: Rollout<T>,
-    env: usize,
-    discount: Factor<T>,
-    decay: Factor<T>,
-    advantages: &mut [T],
-    returns: &mut [T],
-) {
-    let steps = rollout.rewards.len() / rollout.envs;
-    let mut advantage = [T::round(0.0); LANES];
-    let mut next_values: [T; LANES] = lanes(rollout.values, steps * rollout.envs + env);
-    for start in (0..steps).rev().map(|step| step * rollout.envs + env) {
-        let rewards: [T; LANES] = lanes(rollout.rewards, start);
-        let values: [T; LANES] = lanes(rollout.values, start);
-        let terminated: [u8; LANES] = lanes(rollout.terminations, start);
-        let truncated: [u8; LANES] = lanes(rollout.truncations, start);
-        let mut targets = values;
-        for i in 0..LANES {
-            let discount = discount[usize::from(terminated[i] != 0)];
-            let decay = decay[usize::from(terminated[i] | truncated[i] != 0)];
-            let delta = rewards[i] + discount * next_values[i] - values[i];
-            advantage[i] = delta + decay * advantage[i];
-            targets[i] = advantage[i] + values[i];
+/// Writes all of `advantages` and `returns`, which have the length of `rewards`.
+pub fn compute_gae<T: Float>(rollout: Rollout<T>, advantages: &mut [T], returns: &mut [T]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2.
+        return unsafe { with_avx2(rollout, advantages, returns) };
+    }
+    backwards(rollout, advantages, returns);
+}
+
+/// The same code for wider registers: three times as fast. Rust fuses no multiplication with an
+/// addition unasked, so every bit stays the same.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn with_avx2<T: Float>(rollout: Rollout<T>, advantages: &mut [T], returns: &mut [T]) {
+    backwards(rollout, advantages, returns);
+}
+
+#[inline(always)]
+fn backwards<T: Float>(rollout: Rollout<T>, advantages: &mut [T], returns: &mut [T]) {
+    match rollout.envs {
+        1 => few::<T, 1>(rollout, advantages, returns),
+        2 => few::<T, 2>(rollout, advantages, returns),
+        3 => few::<T, 3>(rollout, advantages, returns),
+        4 => few::<T, 4>(rollout, advantages, returns),
+        5 => few::<T, 5>(rollout, advantages, returns),
+        6 => few::<T, 6>(rollout, advantages, returns),
+        7 => few::<T, 7>(rollout, advantages, returns),
+        8 => few::<T, 8>(rollout, advantages, returns),
+        _ => many(rollout, advantages, returns),
+    }
+}
+
+/// A row that fits in registers stays there while time runs backwards. What bounds the speed is the
+/// chain of one multiplication and one addition a step.
+#[inline(always)]
+fn few<T: Float, const N: usize>(rollout: Rollout<T>, advantages: &mut [T], returns: &mut [T]) {
+    let (rewards, values) = (rollout.rewards.as_chunks().0, rollout.values.as_chunks().0);
+    let terminations = rollout.terminations.as_chunks::<N>().0;
+    let truncations = rollout.truncations.as_chunks::<N>().0;
+    let (advantages, returns) = (advantages.as_chunks_mut().0, returns.as_chunks_mut().0);
+    let mut advantage = [T::ZERO; N];
+    let mut next_value: [T; N] = values[rewards.len()];
+    for t in (0..rewards.len()).rev() {
+        let (reward, value): ([T; N], [T; N]) = (rewards[t], values[t]);
+        let ends = (terminations[t], truncations[t]);
+        let mut target = value;
+        for n in 0..N {
+            let delta = rollout.delta(reward[n], value[n], next_value[n], ends.0[n]);
+            advantage[n] = rollout.advantage(delta, ends.0[n] | ends.1[n], advantage[n]);
+            target[n] = advantage[n] + value[n];
         }
-        next_values = values;
-        advantages[start..start + LANES].copy_from_slice(&advantage);
-        returns[start..start + LANES].copy_from_slice(&targets);
+        next_value = value;
+        (advantages[t], returns[t]) = (advantage, target);
     }
 }
 
-fn lanes<T: Copy, const LANES: usize>(slice: &[T], start: usize) -> [T; LANES] {
-    *slice[start..]
-        .first_chunk()
-        .expect("a block lies inside its row")
+/// Row by row, each read once in the order of memory.
+#[inline(always)]
+fn many<T: Float>(rollout: Rollout<T>, advantages: &mut [T], returns: &mut [T]) {
+    let n = rollout.envs;
+    let end = vec![T::ZERO; n];
+    for start in (0..rollout.rewards.len()).step_by(n).rev() {
+        let row = start..start + n;
+        let step = Rollout {
+            rewards: &rollout.rewards[row.clone()],
+            values: &rollout.values[start..start + 2 * n],
+            terminations: &rollout.terminations[row.clone()],
+            truncations: &rollout.truncations[row.clone()],
+            ..rollout
+        };
+        let (advantages, later) = advantages.split_at_mut(row.end);
+        let next_advantages = later.get(..n).unwrap_or(&end);
+        one_row(
+            step,
+            next_advantages,
+            &mut advantages[start..],
+            &mut returns[row],
+        );
+    }
+}
+
+/// A function of its own, because the compiler knows of arguments that they do not overlap.
+#[inline(always)]
+fn one_row<T: Float>(
+    step: Rollout<T>,
+    next_advantages: &[T],
+    advantages: &mut [T],
+    returns: &mut [T],
+) {
+    let (values, next_values) = step.values.split_at(step.envs);
+    for n in 0..step.envs {
+        let ended = step.terminations[n] | step.truncations[n];
+        let delta = step.delta(
+            step.rewards[n],
+            values[n],
+            next_values[n],
+            step.terminations[n],
+        );
+        advantages[n] = step.advantage(delta, ended, next_advantages[n]);
+        returns[n] = advantages[n] + values[n];
+    }
 }
 
 #[cfg(test)]
@@ -109,10 +177,12 @@ mod tests {
             values,
             terminations,
             truncations,
+            gamma: 0.5,
+            decay: 0.5 * gae_lambda,
         };
         let (mut advantages, mut returns) =
             (vec![f64::NAN; rewards.len()], vec![f64::NAN; rewards.len()]);
-        compute_gae(rollout, 0.5, gae_lambda, &mut advantages, &mut returns);
+        compute_gae(rollout, &mut advantages, &mut returns);
         [advantages, returns]
     }
 

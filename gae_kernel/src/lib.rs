@@ -90,10 +90,12 @@ fn run<'py, T: Element + gae::Float>(
                 values: slice::from_raw_parts(values.data(), values.len()),
                 terminations: slice::from_raw_parts(terminations.data().cast(), rewards.len()),
                 truncations: slice::from_raw_parts(truncations.data().cast(), rewards.len()),
+                gamma: T::round(gamma),
+                decay: T::round(gamma * gae_lambda),
             };
             let advantages = slice::from_raw_parts_mut(advantages.data(), rewards.len());
             let returns = slice::from_raw_parts_mut(returns.data(), rewards.len());
-            py.detach(|| gae::compute_gae(rollout, gamma, gae_lambda, advantages, returns));
+            py.detach(|| gae::compute_gae(rollout, advantages, returns));
         }
     }
     Ok((advantages.into_any(), returns.into_any()))
