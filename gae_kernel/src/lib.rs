@@ -2,12 +2,15 @@
 
 mod gae;
 
-use numpy::npyffi::{NPY_ORDER, PY_ARRAY_API};
-use numpy::{Element, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::npyffi::{PY_ARRAY_API, npy_intp};
+use numpy::{
+    Element, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyTuple};
-use std::{ptr, slice};
+use std::ffi::c_int;
+use std::slice;
 
 type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 
@@ -79,26 +82,28 @@ fn run<'py, T: Element + gae::Float>(
     let truncations = checked::<bool>("truncations", "bool array", truncations, shape, shape)?;
     let (rewards, values) = (contiguous(rewards)?, contiguous(values)?);
     let (terminations, truncations) = (contiguous(terminations)?, contiguous(truncations)?);
-    let (advantages, returns) = (empty_like(&rewards)?, empty_like(&rewards)?);
-    if rewards.len() > 0 {
-        // SAFETY: these arrays are C-contiguous, aligned and of these lengths, and the outputs are new,
-        // so nothing else points to them. As with NumPy's own loops, Python threads must not write the inputs meanwhile.
+    let outputs = empty_pair::<T>(py, shape)?;
+    let length = rewards.len();
+    if length > 0 {
+        // SAFETY: these arrays are C-contiguous, aligned and of these lengths, and nothing else
+        // points to the output, which is written before it is read. As with NumPy's own loops,
+        // Python threads must not write the inputs meanwhile.
         unsafe {
             let rollout = gae::Rollout {
                 envs,
-                rewards: slice::from_raw_parts(rewards.data(), rewards.len()),
-                values: slice::from_raw_parts(values.data(), values.len()),
-                terminations: slice::from_raw_parts(terminations.data().cast(), rewards.len()),
-                truncations: slice::from_raw_parts(truncations.data().cast(), rewards.len()),
+                rewards: slice::from_raw_parts(rewards.data(), length),
+                values: slice::from_raw_parts(values.data(), length + envs),
+                terminations: slice::from_raw_parts(terminations.data().cast(), length),
+                truncations: slice::from_raw_parts(truncations.data().cast(), length),
                 gamma: T::round(gamma),
                 decay: T::round(gamma * gae_lambda),
             };
-            let advantages = slice::from_raw_parts_mut(advantages.data(), rewards.len());
-            let returns = slice::from_raw_parts_mut(returns.data(), rewards.len());
+            let outputs = slice::from_raw_parts_mut(outputs.data(), 2 * length);
+            let (advantages, returns) = outputs.split_at_mut(length);
             py.detach(|| gae::compute_gae(rollout, advantages, returns));
         }
     }
-    Ok((advantages.into_any(), returns.into_any()))
+    Ok((outputs.get_item(0)?, outputs.get_item(1)?))
 }
 
 fn fraction(name: &str, object: &Bound<PyAny>) -> PyResult<f64> {
@@ -162,14 +167,20 @@ fn wrong_type(name: &str, expected: &str, object: &Bound<PyAny>) -> PyErr {
     PyTypeError::new_err(format!("{name} must be a {expected}, not {actual}"))
 }
 
-fn empty_like<'py, T: Element>(
-    prototype: &Bound<'py, PyArrayDyn<T>>,
+/// Both outputs in one allocation: glibc maps and unmaps large blocks on each call, at the cost of
+/// page faults ten times the computation, unless it has seen one as large as all in use together.
+fn empty_pair<'py, T: Element>(
+    py: Python<'py>,
+    shape: &[usize],
 ) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
-    let (py, prototype) = (prototype.py(), prototype.as_array_ptr());
-    let (order, dtype, subok) = (NPY_ORDER::NPY_CORDER, ptr::null_mut(), 0);
-    // SAFETY: the prototype lives, and the new reference is checked: null means an exception is set.
+    let mut dims = [2, 0, 0];
+    for (dim, &length) in dims[1..].iter_mut().zip(shape) {
+        *dim = length as npy_intp;
+    }
+    let (ndim, dtype) = (shape.len() as c_int + 1, T::get_dtype(py).into_dtype_ptr());
+    // SAFETY: `dims` has `ndim` lengths, the dtype is ours to give away, and null is an exception.
     unsafe {
-        let array = PY_ARRAY_API.PyArray_NewLikeArray(py, prototype, order, dtype, subok);
+        let array = PY_ARRAY_API.PyArray_Empty(py, ndim, dims.as_mut_ptr(), dtype, 0);
         Ok(Bound::from_owned_ptr_or_err(py, array)?.cast_into_unchecked())
     }
 }
