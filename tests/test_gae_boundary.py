@@ -153,7 +153,7 @@ def test_eight_threads_on_shared_inputs_agree(shape):
 AFTER_A_FORK = """
 import os, numpy as np
 from gae_kernel import compute_gae
-x, flags = np.ones((300, 4096), "f4"), np.zeros((128, 4096), bool)
+x, flags = np.ones((300, 4096), "f4"), np.zeros((300, 4096), bool)
 call = lambda: compute_gae(x, np.ones((301, 4096), "f4"), flags, flags, 0.9, 0.8)[0].tobytes()
 expected = call()
 child = os.fork()
