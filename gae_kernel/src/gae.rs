@@ -293,4 +293,42 @@ mod tests {
     fn a_termination_before_an_infinite_value_is_nan() {
         assert!(gae(1, &[1.0, f64::INFINITY], [&[1], &[0]], 1.0)[0][0].is_nan());
     }
+
+    #[test]
+    fn wide_registers_and_threads_change_no_bit() {
+        let (steps, specials) = (30, [0.1, -7.7, 1e30, f32::MAX, f32::INFINITY, 1e-40, -0.0]);
+        for envs in [1, 3, 8, 9, 40, 333] {
+            let numbers = |stride: usize, count| -> Vec<f32> {
+                (0..count)
+                    .map(|i| specials[i * stride / 5 % 7] * (i % 11) as f32)
+                    .collect()
+            };
+            let flags = |every| -> Vec<u8> {
+                (0..steps * envs)
+                    .map(|i| u8::from(i % every == 0))
+                    .collect()
+            };
+            let rollout = Rollout {
+                envs,
+                rewards: &numbers(3, steps * envs),
+                values: &numbers(8, (steps + 1) * envs),
+                terminations: &flags(13),
+                truncations: &flags(17),
+                gamma: 0.99,
+                decay: 0.9,
+            };
+            let bits = |run: &dyn Fn(&Outputs<f32>)| -> Vec<u32> {
+                let (mut a, mut r) = (vec![0.0; steps * envs], vec![0.0; steps * envs]);
+                run(&Outputs(a.as_mut_ptr(), r.as_mut_ptr()));
+                let canonical = |x: &f32| if x.is_nan() { f32::NAN } else { *x }.to_bits();
+                a.iter().chain(&r).map(canonical).collect()
+            };
+            let baseline = bits(&|outputs| backwards(rollout, 0..envs, outputs));
+            assert_eq!(
+                baseline,
+                bits(&|outputs| dispatch(rollout, 0..envs, outputs))
+            );
+            assert_eq!(baseline, bits(&|outputs| in_parallel(rollout, outputs)));
+        }
+    }
 }
