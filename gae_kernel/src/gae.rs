@@ -67,7 +67,6 @@ impl<T: Float> Rollout<'_, T> {
 }
 
 /// The advantages and the returns, which threads share: each writes columns of its own.
-#[derive(Clone, Copy)]
 struct Outputs<T>(*mut T, *mut T);
 
 // SAFETY: `row` says who may use the pointers for what.
@@ -87,22 +86,15 @@ const PARALLEL: usize = 1 << 20;
 
 /// As many threads as this process may run at once, unless the variable for Rust's says fewer.
 static THREADS: LazyLock<usize> = LazyLock::new(|| {
-    let limit = env::var("RAYON_NUM_THREADS")
-        .ok()
-        .and_then(|limit| limit.parse().ok());
+    let limit = env::var("RAYON_NUM_THREADS").ok().and_then(|limit| limit.parse().ok());
     let limit = limit.filter(|&limit| limit > 0).unwrap_or(usize::MAX);
-    thread::available_parallelism()
-        .map_or(1, NonZero::get)
-        .min(limit)
+    thread::available_parallelism().map_or(1, NonZero::get).min(limit)
 });
 
 /// Writes all of `advantages` and `returns`.
 pub fn compute_gae<T: Float>(rollout: Rollout<T>, advantages: &mut [T], returns: &mut [T]) {
     static ONE_CALL_AT_A_TIME: Mutex<()> = Mutex::new(());
-    assert_eq!(
-        [advantages.len(), returns.len()],
-        [rollout.rewards.len(); 2]
-    );
+    assert_eq!([advantages.len(), returns.len()], [rollout.rewards.len(); 2]);
     let outputs = Outputs(advantages.as_mut_ptr(), returns.as_mut_ptr());
     if rollout.rewards.len() >= PARALLEL
         && *THREADS > 1
@@ -203,11 +195,8 @@ fn many<T: Float>(rollout: Rollout<T>, columns: Range<usize>, outputs: &Outputs<
     let (n, width) = (rollout.envs, columns.len());
     let end = vec![T::ZERO; width];
     let mut next_advantages = end.as_slice();
-    for start in (0..rollout.rewards.len())
-        .step_by(n)
-        .rev()
-        .map(|start| start + columns.start)
-    {
+    for row_start in (0..rollout.rewards.len()).step_by(n).rev() {
+        let start = row_start + columns.start;
         let row = start..start + width;
         let step = Rollout {
             rewards: &rollout.rewards[row.clone()],
@@ -269,21 +258,14 @@ mod tests {
         let [_, returns] = gae(1, &[9.0, 9.0, 9.0, 4.0], [&[0; 3], &[0; 3]], 1.0);
         assert_eq!(
             returns,
-            [
-                1.0 + 2.0 / 2.0 + 3.0 / 4.0 + 4.0 / 8.0,
-                2.0 + 3.0 / 2.0 + 4.0 / 4.0,
-                5.0
-            ]
+            [1.0 + 2.0 / 2.0 + 3.0 / 4.0 + 4.0 / 8.0, 2.0 + 3.0 / 2.0 + 4.0 / 4.0, 5.0]
         );
     }
 
     #[test]
     fn a_termination_has_no_successor_and_a_truncation_bootstraps() {
         let ends = |flags| gae(1, &[1.0, 8.0, 0.0], flags, 1.0)[0][0];
-        assert_eq!(
-            ends([&[0, 0], &[0, 0]]),
-            1.0 + 4.0 - 1.0 + (2.0 - 8.0) / 2.0
-        );
+        assert_eq!(ends([&[0, 0], &[0, 0]]), 1.0 + 4.0 - 1.0 + (2.0 - 8.0) / 2.0);
         assert_eq!(ends([&[0, 0], &[255, 0]]), 1.0 + 4.0 - 1.0);
         assert_eq!(ends([&[2, 0], &[0, 0]]), 1.0 - 1.0);
         assert_eq!(ends([&[1, 0], &[1, 0]]), 1.0 - 1.0);
@@ -299,14 +281,10 @@ mod tests {
         let (steps, specials) = (30, [0.1, -7.7, 1e30, f32::MAX, f32::INFINITY, 1e-40, -0.0]);
         for envs in [1, 3, 8, 9, 40, 333] {
             let numbers = |stride: usize, count| -> Vec<f32> {
-                (0..count)
-                    .map(|i| specials[i * stride / 5 % 7] * (i % 11) as f32)
-                    .collect()
+                (0..count).map(|i| specials[i * stride / 5 % 7] * (i % 11) as f32).collect()
             };
             let flags = |every| -> Vec<u8> {
-                (0..steps * envs)
-                    .map(|i| u8::from(i % every == 0))
-                    .collect()
+                (0..steps * envs).map(|i| u8::from(i % every == 0)).collect()
             };
             let rollout = Rollout {
                 envs,
@@ -324,10 +302,7 @@ mod tests {
                 a.iter().chain(&r).map(canonical).collect()
             };
             let baseline = bits(&|outputs| backwards(rollout, 0..envs, outputs));
-            assert_eq!(
-                baseline,
-                bits(&|outputs| dispatch(rollout, 0..envs, outputs))
-            );
+            assert_eq!(baseline, bits(&|outputs| dispatch(rollout, 0..envs, outputs)));
             assert_eq!(baseline, bits(&|outputs| in_parallel(rollout, outputs)));
         }
     }

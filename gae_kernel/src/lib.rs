@@ -29,14 +29,15 @@ type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 ///     gamma, gae_lambda: in [0, 1].
 ///
 /// Returns:
-///     (advantages, returns), new arrays with the shape and dtype of `rewards`.
+///     (advantages, returns), of the shape and dtype of `rewards`: the halves of one new array.
 ///
 /// Raises:
 ///     TypeError: an argument is no NumPy array, or its dtype is wrong.
 ///     ValueError: a shape does not fit, or gamma or gae_lambda is outside [0, 1].
 ///
 /// Any memory layout is read, C-contiguous arrays without a copy. No input is written. The GIL is
-/// released, so no other thread may write the inputs meanwhile.
+/// released, so no other thread may write the inputs meanwhile. From 2**20 elements on, threads
+/// share the work: as many as the process may run at once, or RAYON_NUM_THREADS if that is less.
 #[pyfunction]
 fn compute_gae<'py>(
     rewards: &Bound<'py, PyAny>,
@@ -112,9 +113,7 @@ fn fraction(name: &str, object: &Bound<PyAny>) -> PyResult<f64> {
         Err(error) if !error.is_instance_of::<PyOverflowError>(object.py()) => {
             Err(wrong_type(name, "number", object))
         }
-        _ => Err(PyValueError::new_err(format!(
-            "{name} must be in [0, 1], not {object}"
-        ))),
+        _ => Err(PyValueError::new_err(format!("{name} must be in [0, 1], not {object}"))),
     }
 }
 
@@ -126,9 +125,7 @@ fn checked<'a, 'py, T: Element>(
     rewards_shape: &[usize],
 ) -> PyResult<&'a Bound<'py, PyArrayDyn<T>>> {
     let py = object.py();
-    let array = object
-        .cast::<PyArrayDyn<T>>()
-        .map_err(|_| wrong_type(name, expected, object))?;
+    let array = object.cast::<PyArrayDyn<T>>().map_err(|_| wrong_type(name, expected, object))?;
     if array.shape() != shape {
         let [shape, rewards_shape, actual] =
             [shape, rewards_shape, array.shape()].map(|shape| PyTuple::new(py, shape));
@@ -149,20 +146,16 @@ fn contiguous<'py, T: Element>(
     }
     let py = array.py();
     let order = [("order", "C")].into_py_dict(py)?;
-    let copy = py
-        .import("numpy")?
-        .getattr("array")?
-        .call((array,), Some(&order))?;
+    let copy = py.import("numpy")?.getattr("array")?.call((array,), Some(&order))?;
     Ok(copy.cast_into()?)
 }
 
 fn wrong_type(name: &str, expected: &str, object: &Bound<PyAny>) -> PyErr {
     let actual = match object.cast::<PyUntypedArray>() {
         Ok(array) => format!("{} array", array.dtype()),
-        Err(_) => object
-            .get_type()
-            .name()
-            .map_or_else(|error| error.to_string(), |name| name.to_string()),
+        Err(_) => {
+            object.get_type().name().map_or_else(|error| error.to_string(), |name| name.to_string())
+        }
     };
     PyTypeError::new_err(format!("{name} must be a {expected}, not {actual}"))
 }
