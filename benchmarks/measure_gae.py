@@ -38,10 +38,10 @@ def chain():
 
 
 def page_faults():
-    """Outputs that are fresh on each call, beside outputs that the allocator recycles."""
+    """First of all, because what a process has freed before decides what its allocator keeps."""
     for shape in [(2048, 64), (2048, 4096)]:
-        call = median(compute_gae, *rollout(*shape))
         two, one = median(touch, 2, shape), median(touch, 1, (2, *shape))
+        call = median(compute_gae, *rollout(*shape))
         print(
             f"{shape} float32: a call {call:.0f} us; touching fresh outputs in two allocations "
             f"{two:.0f} us, in one {one:.0f} us"
