@@ -28,12 +28,13 @@ def compute_gae(
         gamma, gae_lambda: in [0, 1].
 
     Returns:
-        (advantages, returns), new arrays with the shape and dtype of `rewards`.
+        (advantages, returns), of the shape and dtype of `rewards`: the halves of one new array.
 
     Raises:
         TypeError: an argument is no NumPy array, or its dtype is wrong.
         ValueError: a shape does not fit, or gamma or gae_lambda is outside [0, 1].
 
     Any memory layout is read, C-contiguous arrays without a copy. No input is written. The GIL is
-    released, so no other thread may write the inputs meanwhile.
+    released, so no other thread may write the inputs meanwhile. From 2**20 elements on, threads
+    share the work: as many as the process may run at once, or RAYON_NUM_THREADS if that is less.
     """

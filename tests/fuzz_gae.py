@@ -1,9 +1,8 @@
 """Random calls of the kernel: each must give the reference's answer or a clear exception.
 
-python tests/fuzz_gae.py 1000000
+python -m tests.fuzz_gae 1000000
 """
 
-import resource
 import sys
 
 import numpy as np
@@ -122,6 +121,8 @@ def fuzz(calls, seed=0):
 
 
 if __name__ == "__main__":
+    import resource
+
     calls = int(sys.argv[1])
     fuzz(calls // 10)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,12 +2,15 @@
 
 mod gae;
 
-use numpy::npyffi::{NPY_ORDER, PY_ARRAY_API};
-use numpy::{Element, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::npyffi::{PY_ARRAY_API, npy_intp};
+use numpy::{
+    Element, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyTuple};
-use std::{ptr, slice};
+use std::ffi::c_int;
+use std::slice;
 
 type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 
@@ -26,14 +29,15 @@ type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 ///     gamma, gae_lambda: in [0, 1].
 ///
 /// Returns:
-///     (advantages, returns), new arrays with the shape and dtype of `rewards`.
+///     (advantages, returns), of the shape and dtype of `rewards`: the halves of one new array.
 ///
 /// Raises:
 ///     TypeError: an argument is no NumPy array, or its dtype is wrong.
 ///     ValueError: a shape does not fit, or gamma or gae_lambda is outside [0, 1].
 ///
 /// Any memory layout is read, C-contiguous arrays without a copy. No input is written. The GIL is
-/// released, so no other thread may write the inputs meanwhile.
+/// released, so no other thread may write the inputs meanwhile. From 2**20 elements on, threads
+/// share the work: as many as the process may run at once, or RAYON_NUM_THREADS if that is less.
 #[pyfunction]
 fn compute_gae<'py>(
     rewards: &Bound<'py, PyAny>,
@@ -79,24 +83,28 @@ fn run<'py, T: Element + gae::Float>(
     let truncations = checked::<bool>("truncations", "bool array", truncations, shape, shape)?;
     let (rewards, values) = (contiguous(rewards)?, contiguous(values)?);
     let (terminations, truncations) = (contiguous(terminations)?, contiguous(truncations)?);
-    let (advantages, returns) = (empty_like(&rewards)?, empty_like(&rewards)?);
-    if rewards.len() > 0 {
-        // SAFETY: these arrays are C-contiguous, aligned and of these lengths, and the outputs are new,
-        // so nothing else points to them. As with NumPy's own loops, Python threads must not write the inputs meanwhile.
+    let outputs = empty_pair::<T>(py, shape)?;
+    let length = rewards.len();
+    if length > 0 {
+        // SAFETY: these arrays are C-contiguous, aligned and of these lengths, and nothing else
+        // points to the output, which is written before it is read. As with NumPy's own loops,
+        // Python threads must not write the inputs meanwhile.
         unsafe {
             let rollout = gae::Rollout {
                 envs,
-                rewards: slice::from_raw_parts(rewards.data(), rewards.len()),
-                values: slice::from_raw_parts(values.data(), values.len()),
-                terminations: slice::from_raw_parts(terminations.data().cast(), rewards.len()),
-                truncations: slice::from_raw_parts(truncations.data().cast(), rewards.len()),
+                rewards: slice::from_raw_parts(rewards.data(), length),
+                values: slice::from_raw_parts(values.data(), length + envs),
+                terminations: slice::from_raw_parts(terminations.data().cast(), length),
+                truncations: slice::from_raw_parts(truncations.data().cast(), length),
+                gamma: T::round(gamma),
+                decay: T::round(gamma * gae_lambda),
             };
-            let advantages = slice::from_raw_parts_mut(advantages.data(), rewards.len());
-            let returns = slice::from_raw_parts_mut(returns.data(), rewards.len());
-            py.detach(|| gae::compute_gae(rollout, gamma, gae_lambda, advantages, returns));
+            let outputs = slice::from_raw_parts_mut(outputs.data(), 2 * length);
+            let (advantages, returns) = outputs.split_at_mut(length);
+            py.detach(|| gae::compute_gae(rollout, advantages, returns));
         }
     }
-    Ok((advantages.into_any(), returns.into_any()))
+    Ok((outputs.get_item(0)?, outputs.get_item(1)?))
 }
 
 fn fraction(name: &str, object: &Bound<PyAny>) -> PyResult<f64> {
@@ -105,9 +113,7 @@ fn fraction(name: &str, object: &Bound<PyAny>) -> PyResult<f64> {
         Err(error) if !error.is_instance_of::<PyOverflowError>(object.py()) => {
             Err(wrong_type(name, "number", object))
         }
-        _ => Err(PyValueError::new_err(format!(
-            "{name} must be in [0, 1], not {object}"
-        ))),
+        _ => Err(PyValueError::new_err(format!("{name} must be in [0, 1], not {object}"))),
     }
 }
 
@@ -119,9 +125,7 @@ fn checked<'a, 'py, T: Element>(
     rewards_shape: &[usize],
 ) -> PyResult<&'a Bound<'py, PyArrayDyn<T>>> {
     let py = object.py();
-    let array = object
-        .cast::<PyArrayDyn<T>>()
-        .map_err(|_| wrong_type(name, expected, object))?;
+    let array = object.cast::<PyArrayDyn<T>>().map_err(|_| wrong_type(name, expected, object))?;
     if array.shape() != shape {
         let [shape, rewards_shape, actual] =
             [shape, rewards_shape, array.shape()].map(|shape| PyTuple::new(py, shape));
@@ -142,32 +146,34 @@ fn contiguous<'py, T: Element>(
     }
     let py = array.py();
     let order = [("order", "C")].into_py_dict(py)?;
-    let copy = py
-        .import("numpy")?
-        .getattr("array")?
-        .call((array,), Some(&order))?;
+    let copy = py.import("numpy")?.getattr("array")?.call((array,), Some(&order))?;
     Ok(copy.cast_into()?)
 }
 
 fn wrong_type(name: &str, expected: &str, object: &Bound<PyAny>) -> PyErr {
     let actual = match object.cast::<PyUntypedArray>() {
         Ok(array) => format!("{} array", array.dtype()),
-        Err(_) => object
-            .get_type()
-            .name()
-            .map_or_else(|error| error.to_string(), |name| name.to_string()),
+        Err(_) => {
+            object.get_type().name().map_or_else(|error| error.to_string(), |name| name.to_string())
+        }
     };
     PyTypeError::new_err(format!("{name} must be a {expected}, not {actual}"))
 }
 
-fn empty_like<'py, T: Element>(
-    prototype: &Bound<'py, PyArrayDyn<T>>,
+/// Both outputs in one allocation: glibc maps and unmaps large blocks on each call, at the cost of
+/// page faults ten times the computation, unless it has seen one as large as all in use together.
+fn empty_pair<'py, T: Element>(
+    py: Python<'py>,
+    shape: &[usize],
 ) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
-    let (py, prototype) = (prototype.py(), prototype.as_array_ptr());
-    let (order, dtype, subok) = (NPY_ORDER::NPY_CORDER, ptr::null_mut(), 0);
-    // SAFETY: the prototype lives, and the new reference is checked: null means an exception is set.
+    let mut dims = [2, 0, 0];
+    for (dim, &length) in dims[1..].iter_mut().zip(shape) {
+        *dim = length as npy_intp;
+    }
+    let (ndim, dtype) = (shape.len() as c_int + 1, T::get_dtype(py).into_dtype_ptr());
+    // SAFETY: `dims` has `ndim` lengths, the dtype is ours to give away, and null is an exception.
     unsafe {
-        let array = PY_ARRAY_API.PyArray_NewLikeArray(py, prototype, order, dtype, subok);
+        let array = PY_ARRAY_API.PyArray_Empty(py, ndim, dims.as_mut_ptr(), dtype, 0);
         Ok(Bound::from_owned_ptr_or_err(py, array)?.cast_into_unchecked())
     }
 }
