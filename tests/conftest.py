@@ -1,4 +1,7 @@
 import pytest
+import torch
+
+torch.set_num_threads(1)  # networks this small are slower on several
 
 
 def pytest_sessionstart():
