@@ -1,11 +1,13 @@
 """train as a user calls it: it learns, it repeats itself, it refuses what cannot work."""
 
 import pytest
+import torch
 from environments import CRITICS, LADDER, REFUSED, arguments, metrics
 
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 1024, "eval_episodes": 2}
 STEPS = {"reinforce": 90_000, "vpg": 30_000, "trpo": 40_000, "ppo": 20_000}
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="cuda works here")
 each = pytest.mark.parametrize("script", LADDER)
 
 
@@ -51,7 +53,7 @@ def test_kernel_and_reference_train_alike(script, tmp_path, monkeypatch):
         ("total_timesteps", 0),
         ("num_envs", 0),
         ("num_envs", -3),
-        ("device", "nonsense"),
+        pytest.param("device", "cuda", marks=no_gpu),
         ("gamma", 1.5),
         ("gamma", float("nan")),
         ("max_grad_norm", -1.0),

@@ -24,7 +24,7 @@ def parts(env_id, **wanted):
     )
     if not agent.discrete:
         deviations = torch.linspace(-0.7, 0.4, last.out_features)
-        tiny.log_std = nn.Parameter(deviations.view(agent.shape))
+        tiny.log_std = agent.log_std = nn.Parameter(deviations.view(agent.shape))
     agent.actor = tiny
     batch = next(batches)
     wide = {name: getattr(batch, name).astype(np.float64) for name in ("observations", "rewards")}
