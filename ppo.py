@@ -54,7 +54,7 @@ class Args:
     update_epochs: int = 6  # epochs over a rollout
     clip_coef: float = 0.2  # eps: how far from 1 the ratio still counts
     clip_vloss: bool = False  # clip the change of the value, too
-    target_kl: float | None = None  # KL to the old policy beyond which no epoch starts
+    target_kl: float | None = None  # mean KL to the old policy at which an update stops
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
@@ -203,7 +203,8 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     data, metrics = (observations, actions, log_probs, values, advantages, returns), []
     for _ in range(args.update_epochs):
         order = torch.randperm(len(data[0]), device=args.device)
-        minibatches = zip(*(x[order].tensor_split(args.num_minibatches) for x in data))
+        count = min(args.num_minibatches, len(order))  # resets may leave fewer rows than that
+        minibatches = zip(*(x[order].tensor_split(count) for x in data))
         for observations, actions, log_probs, values, advantages, returns in minibatches:
             policy, new_values = agent.policy(observations), agent.value(observations)
             if args.norm_adv:
@@ -248,7 +249,9 @@ def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
 def check(args: Args) -> None:
     """Raises ValueError, naming the argument and its value, for what cannot work."""
     size = args.num_envs * getattr(args, "num_steps", 1)
-    bounds = {"total_timesteps": (size, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
+    # Of two steps of an environment at most one is a reset: some are left to learn from.
+    bounds = {"total_timesteps": (size, math.inf), "num_steps": (2, math.inf)}
+    bounds |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
         low, high = bounds.get(name, (int(type(value) is int and name != "seed"), math.inf))
         if isinstance(value, int | float) and not low <= value <= high:

@@ -52,7 +52,7 @@ class Args:
     norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
     vf_learning_rate: float = 2e-2  # Adam's step size for the value network
     vf_epochs: int = 10  # value steps on a rollout
-    target_kl: float = 0.01  # delta: mean KL that a step may have to the old policy
+    target_kl: float = 0.01  # mean KL to the old policy at which an update stops
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
     max_backtracks: int = 10  # halvings of a step before it is given up
@@ -279,7 +279,9 @@ def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
 def check(args: Args) -> None:
     """Raises ValueError, naming the argument and its value, for what cannot work."""
     size = args.num_envs * getattr(args, "num_steps", 1)
-    bounds = {"total_timesteps": (size, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
+    # Of two steps of an environment at most one is a reset: some are left to learn from.
+    bounds = {"total_timesteps": (size, math.inf), "num_steps": (2, math.inf)}
+    bounds |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
         low, high = bounds.get(name, (int(type(value) is int and name != "seed"), math.inf))
         if isinstance(value, int | float) and not low <= value <= high:

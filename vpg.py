@@ -223,7 +223,9 @@ def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
 def check(args: Args) -> None:
     """Raises ValueError, naming the argument and its value, for what cannot work."""
     size = args.num_envs * getattr(args, "num_steps", 1)
-    bounds = {"total_timesteps": (size, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
+    # Of two steps of an environment at most one is a reset: some are left to learn from.
+    bounds = {"total_timesteps": (size, math.inf), "num_steps": (2, math.inf)}
+    bounds |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
         low, high = bounds.get(name, (int(type(value) is int and name != "seed"), math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
