@@ -124,9 +124,8 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     except gym.error.Error as error:
         raise ValueError(f"--env-id {args.env_id}: {error}") from error
     observations, actions = envs.single_observation_space, envs.single_action_space
-    mode, needed = envs.metadata.get("autoreset_mode"), gym.vector.AutoresetMode.NEXT_STEP
-    if mode != needed:
-        raise ValueError(f"--env-id {args.env_id}: must reset by {needed}, not {mode}")
+    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
+        raise ValueError(f"--env-id {args.env_id}: autoreset mode {mode}, must be NEXT_STEP")
     served = isinstance(actions, gym.spaces.Box | gym.spaces.Discrete)
     if not (served and observations.is_np_flattenable and getattr(actions, "start", 0) == 0):
         raise ValueError(f"--env-id {args.env_id}: cannot serve {observations} with {actions}")
@@ -279,9 +278,8 @@ def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
 def check(args: Args) -> None:
     """Raises ValueError, naming the argument and its value, for what cannot work."""
     size = args.num_envs * getattr(args, "num_steps", 1)
-    # Of two steps of an environment at most one is a reset: some are left to learn from.
-    bounds = {"total_timesteps": (size, math.inf), "num_steps": (2, math.inf)}
-    bounds |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
+    bounds = {"gamma": (0, 1), "gae_lambda": (0, 1), "total_timesteps": (size, math.inf)}
+    bounds["num_steps"] = (2, math.inf)  # of two steps at most one is a reset
     for name, value in vars(args).items():
         low, high = bounds.get(name, (int(type(value) is int and name != "seed"), math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
