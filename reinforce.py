@@ -36,9 +36,9 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     seed: int = 1  # decides everything: parameters, actions, environments, minibatches
     total_timesteps: int = 200_000  # environment steps to train for, over all environments
-    num_envs: int = 16  # environments stepped side by side
+    num_envs: int = 8  # environments stepped side by side
     device: str = "cpu"  # where the networks live; small ones are fastest on the CPU
-    learning_rate: float = 3e-3  # Adam's step size
+    learning_rate: float = 2e-3  # Adam's step size
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     gamma: float = 0.99  # discount factor
     max_grad_norm: float = 0.5  # longest gradient of one optimizer step
@@ -126,6 +126,9 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
     """One action at each of N observations: sampled or, if greedy, the most likely."""
     device = next(agent.parameters()).device
     policy = agent.policy(torch.as_tensor(observations, dtype=torch.float32, device=device))
+    if agent.discrete and not greedy:  # what sample() does, at an eighth of its overhead
+        race = policy.probs / torch.empty_like(policy.probs).exponential_()
+        return race.argmax(-1).cpu().numpy()
     return (policy.mode if greedy else policy.sample()).cpu().numpy()
 
 
@@ -182,11 +185,10 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """One iteration's learning from one batch; returns metrics."""
-    (policy_optimizer,) = optimizers
     observations, actions, returns = estimate(agent, batch, args)
     policy = agent.policy(observations)
     policy_loss = -(policy.log_prob(actions) * returns).sum() / args.num_envs
-    grad_norm = step(policy_optimizer, policy_loss, args)
+    grad_norm = step(optimizers[0], policy_loss, args)
     names = ("policy_loss", "entropy", "grad_norm")
     losses = (policy_loss, policy.entropy().mean(), grad_norm)
     return dict(zip(names, torch.stack(losses).tolist()))
@@ -198,10 +200,9 @@ def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
     observations, _ = envs.reset(seed=args.seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     while running.any():
-        actions = act(agent, observations, greedy)
-        observations, rewards, terminations, truncations, _ = envs.step(actions)
+        observations, rewards, *ends, _ = envs.step(act(agent, observations, greedy))
         returns += rewards * running
-        running &= ~(terminations | truncations)
+        running &= ~(ends[0] | ends[1])
     envs.close()
     return float(returns.mean())
 
