@@ -80,7 +80,9 @@ def layered(horizon=3, width=3, num_actions=2):
     start[:width] = rng.dirichlet(np.ones(width))
     for state in range(num_states):
         after = (state // width + 1) % horizon * width
-        transitions[state, :, after : after + width] = rng.dirichlet(np.full(width, 0.3), num_actions)
+        transitions[state, :, after : after + width] = rng.dirichlet(
+            np.full(width, 0.3), num_actions
+        )
     rewards = rng.normal(0.5, 1.5, (num_states, num_actions))
     return {"start": start, "transitions": transitions, "rewards": rewards, "horizon": horizon}
 
