@@ -80,8 +80,10 @@ def layered(horizon=3, width=3, num_actions=2):
     start[:width] = rng.dirichlet(np.ones(width))
     for state in range(num_states):
         after = (state // width + 1) % horizon * width
-        transitions[state, :, after : after + width] = rng.dirichlet(np.ones(width), num_actions)
-    rewards = rng.normal(1.0, 1.0, (num_states, num_actions))
+        transitions[state, :, after : after + width] = rng.dirichlet(
+            np.full(width, 0.3), num_actions
+        )
+    rewards = rng.normal(0.5, 1.5, (num_states, num_actions))
     return {"start": start, "transitions": transitions, "rewards": rewards, "horizon": horizon}
 
 
@@ -154,7 +156,7 @@ for name, probe in PROBES.items():  # from each state to the last
     gym.register(
         f"{name}-v0", vector_entry_point=Tabular, kwargs=probe | {"transitions": transitions}
     )
-MDP = layered() | {"noise": 1.0}
+MDP = layered() | {"noise": 0.5}
 gym.register("Layered-v0", vector_entry_point=Tabular, kwargs=MDP)
 gym.register("Stopping-v0", vector_entry_point=Tabular, kwargs=MDP | {"stop": 0.3})
 gym.register("SameStep-v0", vector_entry_point=SameStep, kwargs=MDP)

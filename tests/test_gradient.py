@@ -80,10 +80,10 @@ def no_change(batch, args):
 
 
 def table(weights):
-    """A critic that holds a value for each state."""
-    critic = nn.Linear(NUM_STATES, 1, bias=False)
-    critic.weight.data[:] = weights
-    return critic
+    """A network that holds a number for each output and state."""
+    network = nn.Linear(NUM_STATES, len(weights), bias=False)
+    network.weight.data[:] = weights
+    return network
 
 
 def sample(
@@ -92,9 +92,9 @@ def sample(
     """count estimates of the gradient by update, and the agent whose gradient it is."""
     args = arguments(script, env_id, gamma=gamma, **BASE | wanted)
     agent, _, batches = start(script, args)
-    agent.actor[-1].weight.data *= 100  # else all policies are nearly uniform
+    agent.actor = table(torch.arange(2 * NUM_STATES).sin().view(2, NUM_STATES))
     if baseline is not None:
-        agent.critic = table(baseline(agent, gamma))
+        agent.critic = table(baseline(agent, gamma)[None])
     optimizers, estimates = sgd(agent), []
     for _, batch in zip(range(count), batches, strict=False):
         script.update(agent, optimizers, change(batch, args), args)
@@ -105,12 +105,10 @@ def sample(
 
 
 def distance(sampled, claimed):
-    """The largest |z| of the mean of the estimates along the claimed gradient and seven others."""
-    generator = torch.Generator().manual_seed(0)
-    others = torch.randn(len(claimed), 7, generator=generator, dtype=torch.float64)
-    along = sampled.estimates @ torch.column_stack([claimed, others])
-    error = along.mean(0) - claimed @ torch.column_stack([claimed, others])
-    return (error / along.std(0) * len(along) ** 0.5).abs().max()
+    """The largest |z| of the mean of the estimates, over all parameters."""
+    estimates = sampled.estimates
+    error = estimates.mean(0) - claimed
+    return (error / estimates.std(0) * len(estimates) ** 0.5).abs().max()
 
 
 def nothing(agent, gamma):
@@ -181,7 +179,7 @@ def test_variance_falls_from_total_return_to_reward_to_go_to_baseline():
         sample(vpg, baseline=values),
     )
     variances = [sampled.estimates.var(0).sum() for sampled in samples]
-    assert variances[0] > 1.2 * variances[1] > 1.2 * 1.2 * variances[2]
+    assert variances[0] > 1.1 * variances[1] > 1.1 * 1.1 * variances[2]
 
 
 @pytest.mark.parametrize("norm_adv", [False, True])
