@@ -45,11 +45,11 @@ class Args:
     normalize_observations: bool = False  # scale observations by their running statistics
     normalize_rewards: bool = False  # scale rewards by the running deviation of the return
     eval_episodes: int = 100  # episodes of the evaluation at the end
-    ent_coef: float = 0.01  # weight of the entropy bonus
     num_steps: int = 128  # steps of each environment in a rollout
     gae_lambda: float = 0.97  # GAE's lambda: 0 is one-step TD, 1 is Monte Carlo
     norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
     vf_coef: float = 0.5  # weight of the value loss
+    ent_coef: float = 0.01  # weight of the entropy bonus
     num_minibatches: int = 4  # minibatches in an epoch
     update_epochs: int = 6  # epochs over a rollout
     clip_coef: float = 0.2  # eps: how far from 1 the ratio still counts
@@ -140,7 +140,7 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
     """One action at each of N observations: sampled or, if greedy, the most likely."""
     device = next(agent.parameters()).device
     policy = agent.policy(torch.as_tensor(observations, dtype=torch.float32, device=device))
-    if agent.discrete and not greedy:  # what sample() does, at an eighth of its overhead
+    if isinstance(policy, Categorical) and not greedy:  # as in sample(), an eighth of its time
         race = policy.probs / torch.empty_like(policy.probs).exponential_()
         return race.argmax(-1).cpu().numpy()
     return (policy.mode if greedy else policy.sample()).cpu().numpy()
@@ -196,7 +196,7 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """One iteration's learning from one batch; returns metrics, means over all minibatches."""
+    """One iteration's learning from one batch; returns the means of its metrics."""
     observations, actions, values, advantages, returns = estimate(agent, batch, args)
     explained_variance = 1 - (returns - values).var() / returns.var().clamp_min(1e-8)
     with torch.no_grad():

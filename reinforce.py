@@ -126,7 +126,7 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
     """One action at each of N observations: sampled or, if greedy, the most likely."""
     device = next(agent.parameters()).device
     policy = agent.policy(torch.as_tensor(observations, dtype=torch.float32, device=device))
-    if agent.discrete and not greedy:  # what sample() does, at an eighth of its overhead
+    if isinstance(policy, Categorical) and not greedy:  # as in sample(), an eighth of its time
         race = policy.probs / torch.empty_like(policy.probs).exponential_()
         return race.argmax(-1).cpu().numpy()
     return (policy.mode if greedy else policy.sample()).cpu().numpy()
@@ -184,7 +184,7 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """One iteration's learning from one batch; returns metrics."""
+    """One iteration's learning from one batch; returns the means of its metrics."""
     observations, actions, returns = estimate(agent, batch, args)
     policy = agent.policy(observations)
     policy_loss = -(policy.log_prob(actions) * returns).sum() / args.num_envs

@@ -283,11 +283,6 @@ def test_minibatches_of_one_row_stay_finite(env_id, clip_vloss):
 
 
 @critics
-def test_a_rollout_of_nothing_but_a_reset_changes_nothing(script):
-    """One environment and one step a rollout: the second of ByAction's only resets."""
-    agent, args, batches = rolled(
-        script, "ByAction-v0", 2, num_envs=1, num_steps=1, num_minibatches=1
-    )
-    assert not batches[1].valid.any()
-    script.update(agent, script.make_optimizers(agent, args), batches[1], args)
-    assert all(parameter.isfinite().all() for parameter in agent.parameters())
+def test_rollouts_that_may_be_nothing_but_resets_are_refused(script):
+    with pytest.raises(ValueError, match="--num-steps 1"):
+        script.check(arguments(script, "ByAction-v0", num_envs=1, num_steps=1, num_minibatches=1))
