@@ -56,12 +56,17 @@ def figure(about, medians):
     plt.rcParams["font.size"] = 11
     fig, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for ax, dtype in zip(axes, ["float32", "float64"], strict=True):
-        for peer in FIGURE:
-            points = sorted((size(s), t) for (name, s), t in medians[peer].items() if name == dtype)
-            x, y = [elements for (elements, _), _ in points], [1e6 * t for _, t in points]
-            style = dict(color="black", ls="--", lw=1) if peer == "memcpy" else dict(marker="o")
-            ax.loglog(x, y, ms=4, label=peer, **style)
-        ax.set(title=dtype, xlabel="elements, T × N")
+        for number, peer in enumerate(FIGURE):
+            color = "black" if peer == "memcpy" else f"C{number}"
+            for steps, style in ((2048, "-o"), (128, ":s")):
+                points = sorted(
+                    (t * n, 1e6 * seconds)
+                    for (name, (t, n)), seconds in medians[peer].items()
+                    if (name, t) == (dtype, steps)
+                )
+                label = peer if steps == 2048 else None
+                ax.loglog(*zip(*points), style, ms=4, color=color, label=label)
+        ax.set(title=f"{dtype} (solid: T = 2048, dotted: T = 128)", xlabel="elements, T × N")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("median time of a call (µs)")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
