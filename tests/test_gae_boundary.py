@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -166,6 +167,45 @@ assert os.waitpid(child, 0)[1] == 0 and call() == expected
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 def test_a_fork_after_first_use_does_not_hang():
     subprocess.run([sys.executable, "-c", AFTER_A_FORK], check=True, timeout=60)
+
+
+THREADS = """
+import os, sys, threading, numpy as np
+from gae_kernel import compute_gae
+x, flags = np.ones((512, 4096), "f4"), np.zeros((512, 4096), bool)
+values, most, done = np.ones((513, 4096), "f4"), 0, False
+
+def watch():
+    global most
+    while not done:
+        most = max(most, len(os.listdir("/proc/self/task")))
+
+def call():
+    for _ in range(30):
+        compute_gae(x, values, flags, flags, 0.9, 0.8)
+
+watcher, *callers = [threading.Thread(target=f) for f in (watch, *[call] * int(sys.argv[1]))]
+alone = len(os.listdir("/proc/self/task")) + 1 + len(callers)
+for thread in (watcher, *callers):
+    thread.start()
+for caller in callers:
+    caller.join()
+done = True
+watcher.join()
+print(most - alone)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("callers", [1, 4])
+@pytest.mark.parametrize("limit", [1, 2])
+def test_no_more_threads_than_asked_for(limit, callers):
+    """One call at a time has helpers, one fewer than the limit, however many threads call."""
+    command = [sys.executable, "-c", THREADS, str(callers)]
+    environment = os.environ | {"RAYON_NUM_THREADS": str(limit)}
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    helpers = min(limit, len(os.sched_getaffinity(0))) - 1
+    assert int(result.stdout) <= helpers
 
 
 def test_random_calls_are_answered_rightly_or_refused_and_leak_nothing():
