@@ -4,7 +4,7 @@ VPG + a bound on how far one step may move the policy, in nats and not in parame
 
     max_theta E[pi_theta(a|s) / pi_old(a|s) A]    such that    E[KL(pi_old || pi_theta)] <= delta
 
-solved by x = F^-1 g with conjugate gradients, then the longest step along x that keeps the bound.
+solved by x = F^-1 g with conjugate gradients, then a step along x, halved until the bound holds.
 
 Run: python trpo.py --env-id CartPole-v1
 """
@@ -12,7 +12,7 @@ Run: python trpo.py --env-id CartPole-v1
 import math
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class Args:
     norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
     vf_learning_rate: float = 2e-2  # Adam's step size for the value network
     vf_epochs: int = 10  # value steps on a rollout
-    target_kl: float = 0.01  # mean KL to the old policy at which an update stops
+    target_kl: float = 0.01  # bound on the KL to the old policy
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
     max_backtracks: int = 10  # halvings of a step before it is given up
@@ -64,8 +64,8 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
     rewards, terminations, truncations: (T, N) or (T,); values: a row more, the last the bootstrap.
     All float32 or float64, flags bool. Returns (advantages, returns), shaped like rewards.
     """
-    discounts = gamma * (~terminations).astype(values.dtype)
-    decays = gamma * gae_lambda * (~(terminations | truncations)).astype(values.dtype)
+    discounts = float(gamma) * (~terminations).astype(values.dtype)
+    decays = float(gamma * gae_lambda) * (~(terminations | truncations)).astype(values.dtype)
     deltas = rewards + discounts * values[1:] - values[:-1]
     advantages, advantage = np.empty_like(deltas), 0
     for t in reversed(range(len(deltas))):
@@ -95,8 +95,8 @@ class Agent(nn.Module):
         super().__init__()
         space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
         self.discrete, self.shape = isinstance(space, gym.spaces.Discrete), space.shape
-        self.normalize = nn.Sequential()
-        if args.normalize_observations:  # by statistics that a call updates in train() mode only
+        self.normalize: nn.Module = nn.Identity()
+        if args.normalize_observations:  # by the mean over rollouts of each one's mean and variance
             norm = nn.BatchNorm1d(num_inputs, eps=1e-8, momentum=None, affine=False)
             self.normalize = nn.Sequential(norm, nn.Hardtanh(-10, 10)).eval()
         self.actor = mlp(num_inputs, int(space.n) if self.discrete else math.prod(self.shape), 0.01)
@@ -141,13 +141,13 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
     """One action at each of N observations: sampled or, if greedy, the most likely."""
     device = next(agent.parameters()).device
     policy = agent.policy(torch.as_tensor(observations, dtype=torch.float32, device=device))
-    if isinstance(policy, Categorical) and not greedy:  # as in sample(), an eighth of its time
+    if isinstance(policy, Categorical) and not greedy:  # sample() does this, too, but slower
         race = policy.probs / torch.empty_like(policy.probs).exponential_()
         return race.argmax(-1).cpu().numpy()
     return (policy.mode if greedy else policy.sample()).cpu().numpy()
 
 
-def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) -> Iterator[Batch]:
+def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
     """Yields num_steps steps of every environment, going on where the last ones were cut.
 
     Arrays are (T, N, ...); observations' row t + 1, of T + 1, is the true successor of row t.
@@ -170,7 +170,7 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) ->
 
 
 def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
-    """Columns of the M valid steps for `update`, on the device."""
+    """For the M valid steps what `update` learns from: M rows of each of its columns."""
     observations = torch.as_tensor(batch.observations, device=args.device)
     with torch.no_grad():
         values = agent.value(observations.flatten(0, 1)).view(observations.shape[:2])
@@ -201,11 +201,11 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
     x, residual, direction = torch.zeros_like(b), b, b
     for _ in range(iterations):
         image = product(direction)
-        step = residual.dot(residual) / direction.dot(image).clamp_min(1e-20)
-        x = x + step * direction
-        previous, residual = residual, residual - step * image
-        ratio = residual.dot(residual) / previous.dot(previous).clamp_min(1e-20)
-        direction = residual + ratio * direction
+        alpha = residual.dot(residual) / direction.dot(image).clamp_min(1e-20)
+        x = x + alpha * direction
+        previous, residual = residual, residual - alpha * image
+        beta = residual.dot(residual) / previous.dot(previous).clamp_min(1e-20)
+        direction = residual + beta * direction
     return x
 
 
@@ -215,7 +215,7 @@ def flat_grad(output: Tensor, parameters: list[nn.Parameter], **kwargs) -> Tenso
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """One iteration's learning from one batch; returns the means of its metrics."""
+    """One iteration's learning from one batch; returns its metrics."""
     observations, actions, values, advantages, returns = estimate(agent, batch, args)
     explained_variance = 1 - (returns - values).var() / returns.var().clamp_min(1e-8)
     if args.norm_adv:
@@ -230,30 +230,27 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
         ratio = (policy.log_prob(actions) - log_probs).exp()
         return (ratio * advantages).mean(), kl_divergence(old_policy, policy).mean()
 
+    old_surrogate, kl = surrogate_and_kl()
+    gradient = flat_grad(old_surrogate, parameters, retain_graph=True)
+    kl_grad = flat_grad(kl, parameters, create_graph=True)
+
     def fisher_product(vector: Tensor) -> Tensor:  # the Fisher matrix is the Hessian of the KL
         product = flat_grad(kl_grad.dot(vector), parameters, retain_graph=True)
         return product + args.cg_damping * vector
 
-    old_surrogate, kl = surrogate_and_kl()
-    gradient = flat_grad(old_surrogate, parameters, retain_graph=True)
-    kl_grad = flat_grad(kl, parameters, create_graph=True)
     direction = conjugate_gradient(fisher_product, gradient, args.cg_iterations)
-    # To second order the KL of a step s is s^T F s / 2, which here equals target_kl.
+    # To second order the KL of a step s is s^T F s / 2; damped, it is target_kl here.
     curvature = direction.dot(fisher_product(direction)).clamp_min(1e-20)
     longest = direction * (2 * args.target_kl / curvature).sqrt()
     with torch.no_grad():
-        for fraction in 0.5 ** torch.arange(args.max_backtracks + 1):
+        for fraction in 0.5 ** torch.arange(args.max_backtracks + 1, device=args.device):
             vector_to_parameters(old_parameters + fraction * longest, parameters)
             surrogate, kl = surrogate_and_kl()
             if surrogate > old_surrogate and kl <= args.target_kl:
                 break
         else:
             vector_to_parameters(old_parameters, parameters)
-            surrogate, kl, fraction = (
-                old_surrogate,
-                torch.zeros_like(kl),
-                torch.zeros_like(fraction),
-            )
+            surrogate, kl, fraction = old_surrogate, *kl.new_zeros(2)
     for _ in range(args.vf_epochs):
         value_loss = 0.5 * (agent.value(observations) - returns).square().mean()
         step(optimizers[-1], value_loss, args)
@@ -268,10 +265,12 @@ def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
     envs = make_envs(args, args.eval_episodes)
     observations, _ = envs.reset(seed=args.seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    while running.any():
+    for _ in range(args.total_timesteps):  # an end even where no time limit sets one
         observations, rewards, *ends, _ = envs.step(act(agent, observations, greedy))
         returns += rewards * running
         running &= ~(ends[0] | ends[1])
+        if not running.any():
+            break
     envs.close()
     return float(returns.mean())
 
@@ -309,8 +308,8 @@ def train(args: Args) -> float:
     progress = tqdm(total=args.total_timesteps, unit=" steps")
     while global_step < args.total_timesteps:
         remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
-        for (group,) in (optimizer.param_groups for optimizer in optimizers):
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * remaining
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * remaining
         batch = next(batches)
         losses = update(agent, optimizers, batch, args)
         observations = torch.as_tensor(batch.observations, device=args.device)
@@ -322,14 +321,14 @@ def train(args: Args) -> float:
             "global_step": global_step,
             "charts/episodic_return": returns,
             "charts/episodic_length": lengths,
-            "charts/learning_rate": group["lr"],
+            "charts/learning_rate": optimizers[0].param_groups[0]["lr"],
             "charts/SPS": global_step / (time.perf_counter() - start),
         } | {f"losses/{name}": value for name, value in losses.items()}
         with open(run_dir / "metrics.csv", "a") as file:
             if not file.tell():
                 print(*metrics, sep=",", file=file)
             print(*metrics.values(), sep=",", file=file)
-        progress.set_postfix(episodic_return=f"{returns:.1f}")
+        progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
         progress.update(int(batch.valid.sum()))
     progress.close()
     envs.close()

@@ -2,7 +2,7 @@
 
 V is a baseline, which lowers the variance, and stands in for what follows a rollout cut anywhere:
 
-    grad J = E[sum_t grad log pi(a_t|s_t) A_t],    A_t = sum_l (gamma lambda)^l delta_(t+l)
+    grad J ~ E[sum_t grad log pi(a_t|s_t) A_t],    A_t = sum_l (gamma lambda)^l delta_(t+l)
 
 Run: python vpg.py --env-id CartPole-v1
 """
@@ -10,7 +10,6 @@ Run: python vpg.py --env-id CartPole-v1
 import math
 import time
 from collections import namedtuple
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +57,8 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
     rewards, terminations, truncations: (T, N) or (T,); values: a row more, the last the bootstrap.
     All float32 or float64, flags bool. Returns (advantages, returns), shaped like rewards.
     """
-    discounts = gamma * (~terminations).astype(values.dtype)
-    decays = gamma * gae_lambda * (~(terminations | truncations)).astype(values.dtype)
+    discounts = float(gamma) * (~terminations).astype(values.dtype)
+    decays = float(gamma * gae_lambda) * (~(terminations | truncations)).astype(values.dtype)
     deltas = rewards + discounts * values[1:] - values[:-1]
     advantages, advantage = np.empty_like(deltas), 0
     for t in reversed(range(len(deltas))):
@@ -89,8 +88,8 @@ class Agent(nn.Module):
         super().__init__()
         space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
         self.discrete, self.shape = isinstance(space, gym.spaces.Discrete), space.shape
-        self.normalize = nn.Sequential()
-        if args.normalize_observations:  # by statistics that a call updates in train() mode only
+        self.normalize: nn.Module = nn.Identity()
+        if args.normalize_observations:  # by the mean over rollouts of each one's mean and variance
             norm = nn.BatchNorm1d(num_inputs, eps=1e-8, momentum=None, affine=False)
             self.normalize = nn.Sequential(norm, nn.Hardtanh(-10, 10)).eval()
         self.actor = mlp(num_inputs, int(space.n) if self.discrete else math.prod(self.shape), 0.01)
@@ -135,13 +134,13 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
     """One action at each of N observations: sampled or, if greedy, the most likely."""
     device = next(agent.parameters()).device
     policy = agent.policy(torch.as_tensor(observations, dtype=torch.float32, device=device))
-    if isinstance(policy, Categorical) and not greedy:  # as in sample(), an eighth of its time
+    if isinstance(policy, Categorical) and not greedy:  # sample() does this, too, but slower
         race = policy.probs / torch.empty_like(policy.probs).exponential_()
         return race.argmax(-1).cpu().numpy()
     return (policy.mode if greedy else policy.sample()).cpu().numpy()
 
 
-def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) -> Iterator[Batch]:
+def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
     """Yields num_steps steps of every environment, going on where the last ones were cut.
 
     Arrays are (T, N, ...); observations' row t + 1, of T + 1, is the true successor of row t.
@@ -164,7 +163,7 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int) ->
 
 
 def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
-    """Columns of the M valid steps for `update`, on the device."""
+    """For the M valid steps what `update` learns from: M rows of each of its columns."""
     observations = torch.as_tensor(batch.observations, device=args.device)
     with torch.no_grad():
         values = agent.value(observations.flatten(0, 1)).view(observations.shape[:2])
@@ -191,7 +190,7 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """One iteration's learning from one batch; returns the means of its metrics."""
+    """One iteration's learning from one batch; returns its metrics."""
     observations, actions, values, advantages, returns = estimate(agent, batch, args)
     explained_variance = 1 - (returns - values).var() / returns.var().clamp_min(1e-8)
     policy = agent.policy(observations)
@@ -212,10 +211,12 @@ def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
     envs = make_envs(args, args.eval_episodes)
     observations, _ = envs.reset(seed=args.seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    while running.any():
+    for _ in range(args.total_timesteps):  # an end even where no time limit sets one
         observations, rewards, *ends, _ = envs.step(act(agent, observations, greedy))
         returns += rewards * running
         running &= ~(ends[0] | ends[1])
+        if not running.any():
+            break
     envs.close()
     return float(returns.mean())
 
@@ -253,8 +254,8 @@ def train(args: Args) -> float:
     progress = tqdm(total=args.total_timesteps, unit=" steps")
     while global_step < args.total_timesteps:
         remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
-        for (group,) in (optimizer.param_groups for optimizer in optimizers):
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * remaining
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * remaining
         batch = next(batches)
         losses = update(agent, optimizers, batch, args)
         observations = torch.as_tensor(batch.observations, device=args.device)
@@ -266,14 +267,14 @@ def train(args: Args) -> float:
             "global_step": global_step,
             "charts/episodic_return": returns,
             "charts/episodic_length": lengths,
-            "charts/learning_rate": group["lr"],
+            "charts/learning_rate": optimizers[0].param_groups[0]["lr"],
             "charts/SPS": global_step / (time.perf_counter() - start),
         } | {f"losses/{name}": value for name, value in losses.items()}
         with open(run_dir / "metrics.csv", "a") as file:
             if not file.tell():
                 print(*metrics, sep=",", file=file)
             print(*metrics.values(), sep=",", file=file)
-        progress.set_postfix(episodic_return=f"{returns:.1f}")
+        progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
         progress.update(int(batch.valid.sum()))
     progress.close()
     envs.close()

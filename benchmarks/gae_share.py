@@ -13,7 +13,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 
@@ -34,12 +33,13 @@ def torch_loop(rewards, values, terminations, truncations, gamma, gae_lambda):
     return advantages.numpy(), (advantages + values[:-1]).numpy()
 
 
-def timed_run(args: ppo.Args, gae) -> tuple[float, float]:
-    """Seconds of GAE and of the whole training, without evaluation."""
-    seconds = 0.0
+def timed_run(args: ppo.Args, gae) -> tuple[float, float, int]:
+    """Seconds of GAE and of the whole training, without evaluation, and the number of rollouts."""
+    seconds, calls = 0.0, 0
 
     def timed(*arguments):
-        nonlocal seconds
+        nonlocal seconds, calls
+        calls += 1
         start = time.perf_counter()
         result = gae(*arguments)
         seconds += time.perf_counter() - start
@@ -54,7 +54,7 @@ def timed_run(args: ppo.Args, gae) -> tuple[float, float]:
         header, *_, last = metrics.read_text().splitlines()
         row = dict(zip(header.split(","), map(float, last.split(","))))
         os.chdir(ROOT)
-    return seconds, row["global_step"] / row["charts/SPS"]
+    return seconds, row["global_step"] / row["charts/SPS"], calls
 
 
 def main(args: ppo.Args) -> None:
@@ -72,9 +72,8 @@ def main(args: ppo.Args) -> None:
     shape = f"{args.num_steps} steps of {args.num_envs} environments"
     lines = [f"GAE in `ppo.py --env-id {args.env_id}`, rollouts of {shape}; medians of 3 runs:", ""]
     lines += ["| GAE by | ms a rollout | share of training | training, s |", "|---|---|---|---|"]
-    rollouts = np.ceil(args.total_timesteps / args.num_envs / args.num_steps)
-    for name, pairs in runs.items():
-        seconds, total = (statistics.median(column) for column in zip(*pairs))
+    for name, results in runs.items():
+        seconds, total, rollouts = (statistics.median(column) for column in zip(*results))
         share = f"{seconds / total:.2%}"
         lines.append(f"| {name} | {1e3 * seconds / rollouts:.3f} | {share} | {total:.2f} |")
     (ROOT / "benchmarks" / "results" / "gae_share.md").write_text("\n".join(lines) + "\n")

@@ -48,7 +48,7 @@ SB3_FLAGS = "--num-envs 4 --num-steps 128 --gae-lambda 0.95 --cg-iterations 15 -
 class Options:
     cleanrl: Path | None = None  # CleanRL's ppo.py; it is left out without
     rounds: int = 5  # runs of each program
-    total_timesteps: int = 100_000  # steps of each run
+    total_timesteps: int = 50_000  # steps of each run
 
 
 def programs(options: Options) -> dict[str, list[str]]:
@@ -71,7 +71,7 @@ def programs(options: Options) -> dict[str, list[str]]:
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Steps a second of training, seconds of the whole process and its peak memory, MiB."""
+    """Steps a second of training, seconds and CPU seconds of the whole process."""
     with tempfile.TemporaryDirectory() as folder:
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -94,6 +94,12 @@ def test_an_end_cuts_the_trace_and_only_a_truncation_bootstraps(gae, terminated,
         np.testing.assert_array_equal(actual[:21], expected)
 
 
+def test_numpy_scalars_for_discounts_change_no_dtype():
+    """A sweep over np.linspace gives such discounts; a NumPy scalar would promote float32."""
+    *arrays, _, _ = random_case(np.random.default_rng(0), (20, 3), "f4", 0.9, 0.8)
+    assert agrees([*arrays, np.float64(0.99), np.float64(0.95)])
+
+
 @both
 def test_batched_equals_unbatched(gae):
     case = rollout(envs=21)
