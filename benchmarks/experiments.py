@@ -326,8 +326,34 @@ def draw_ladder(data: dict, fig) -> str:
 
 def draw_clipping(data: dict, fig) -> str:
     draw_panels(data, fig, {rate: f"learning rate\n{rate}" for rate in RATES})
-    told = [f"at learning rate {rate}: {finals(data['runs'], f'{rate}: ')}" for rate in RATES]
-    return f"Greedy return after 50,000 steps, {'. '.join(told)}."
+    told, table = (
+        {},
+        ["| learning rate: clip | greedy return | solved | collapsed | steps to 200 |"],
+    )
+    table += ["|---" * 5 + "|"]
+    for name, run in data["runs"].items():
+        curves = np.array(run["curves"])
+        # Means of five points, as a rollout may tell of one short episode alone.
+        smooth = np.lib.stride_tricks.sliding_window_view(curves, 5, axis=1).mean(-1)
+        peaks = np.maximum.accumulate(smooth, axis=1)
+        collapsed = ((peaks >= 200) & (smooth < peaks / 2)).any(1).sum()
+        above = np.flatnonzero(curves.mean(0) >= 200)
+        reached = f"{(above[0] + 1) * run['steps'] / 50:,.0f}" if len(above) else "never"
+        solved = sum(value >= 475 for value in run["returns"])
+        greedy = written(interval(run["returns"]))
+        table += [f"| {name} | {greedy} | {solved} | {collapsed} | {reached} |"]
+        told[name] = f"{name.split(': ')[1]} {collapsed} ({reached} steps)"
+    parts = ["; ".join(told[name] for name in told if name.startswith(rate)) for rate in RATES]
+    said = [f"at learning rate {rate}, {part}" for rate, part in zip(RATES, parts)]
+    return "\n".join(
+        [
+            f"Of {data['seeds']} seeds so many collapsed, their training return falling below half"
+            " an earlier one of 200 or more (in brackets, when the mean over seeds passed 200):"
+            f" {'. '.join(said)}.",
+            "",
+            *table,
+        ]
+    )
 
 
 def draw_stepsize(data: dict, fig) -> str:
