@@ -45,12 +45,14 @@ TARGETS = [0, 50, 100, 200, 350, 475]  # returns at which the policies are taken
 LAMBDAS = [0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0]
 PLAIN = {"norm_adv": False, "vf_epochs": 1}
 WAYS = {
-    "total return": (reinforce, {"reward_to_go": False}),
-    "reward-to-go": (reinforce, {}),
-    "− V(s), λ = 1": (vpg, PLAIN | {"gae_lambda": 1.0}),
-    "GAE, λ = 0.97": (vpg, PLAIN | {"gae_lambda": 0.97}),
+    "variance": {
+        "total return": (reinforce, {"reward_to_go": False}),
+        "reward-to-go": (reinforce, {}),
+        "− V(s), λ = 1": (vpg, PLAIN | {"gae_lambda": 1.0}),
+        "GAE, λ = 0.97": (vpg, PLAIN | {"gae_lambda": 0.97}),
+    },
+    "lambda": {f"{value:g}": (vpg, PLAIN | {"gae_lambda": value}) for value in LAMBDAS},
 }
-GAES = {f"{value:g}": (vpg, PLAIN | {"gae_lambda": value}) for value in LAMBDAS}
 
 # What the tutorial leaves open is its library's default (minibatches of 256), else the script's.
 LARGE = "--num-steps 2048 --no-anneal-lr --vf-learning-rate 1e-3 --vf-epochs 5"
@@ -188,23 +190,22 @@ def moments(estimates: np.ndarray, reference: np.ndarray) -> list[list[float]]:
     return [[float(f"{value:.4g}") for value in row] for row in found]
 
 
-def worth(target: float, names: str, reference: str) -> dict:
-    """The moments of each way at the policy of a target return, against a way of reference."""
-    ways = {"ways": WAYS, "lambdas": GAES}[names]
-    estimates, mean_return = gradients(snapshot(target), ways)
-    against = estimates[list(ways).index(reference)]
-    results = {name: moments(one, against) for name, one in zip(ways, estimates)}
+def compare(name: str, target: float, reference: str) -> dict:
+    """The moments of an experiment's estimates at one policy, against those of reference."""
+    estimates, mean_return = gradients(snapshot(target), WAYS[name])
+    against = estimates[list(WAYS[name]).index(reference)]
+    results = {way: moments(one, against) for way, one in zip(WAYS[name], estimates)}
     return {"return": mean_return, "ways": results}
 
 
 def measure(name: str, pool: Executor, seeds: int) -> dict:
     """The data of an experiment."""
     if name == "variance":
-        jobs = [pool.submit(worth, target, "ways", "total return") for target in TARGETS]
+        jobs = [pool.submit(compare, name, target, "total return") for target in TARGETS]
         return {"policies": [job.result() for job in jobs]}
     data = {"runs": sweep(pool, SWEEPS[name], seeds)}
     if name == "lambda":
-        data["policy"] = pool.submit(worth, 200, "lambdas", "1").result()
+        data["policy"] = pool.submit(compare, name, 200, "1").result()
     return data
 
 
@@ -243,7 +244,7 @@ def draw_variance(data: dict, fig) -> str:
     x = [policy["return"] for policy in policies]
     titles = "Variance (total return's is 1; low is good)", "|mean|² / variance (high is good)"
     for number, (ax, title) in enumerate(zip(fig.subplots(1, 2), titles)):
-        for way, look in zip(WAYS, LOOKS):
+        for way, look in zip(WAYS["variance"], LOOKS):
             values = np.array([policy["ways"][way][number] for policy in policies]).T
             band(ax, x, values, look, way)
         ax.set(title=title, yscale="log", xlabel="mean return of the policy")
@@ -254,7 +255,7 @@ def draw_variance(data: dict, fig) -> str:
     )
     told = []
     for policy in (policies[0], policies[len(x) // 2], policies[-1]):
-        shares = [f"{way}: {written(policy['ways'][way][0])}" for way in list(WAYS)[1:]]
+        shares = [f"{way}: {written(policy['ways'][way][0])}" for way in list(WAYS["variance"])[1:]]
         told.append(f"at a return of {policy['return']:.0f}, {', '.join(shares)}")
     return (
         f"The gradient's variance as a share of total return's (V untrained at the first policy, so"
@@ -265,7 +266,9 @@ def draw_variance(data: dict, fig) -> str:
 def draw_lambda(data: dict, fig) -> str:
     left, right = fig.subplots(1, 2)
     policy, x = data["policy"], range(len(LAMBDAS))
-    bias, variance = (np.array([policy["ways"][name][n] for name in GAES]).T for n in (3, 2))
+    bias, variance = (
+        np.array([policy["ways"][name][n] for name in WAYS["lambda"]]).T for n in (3, 2)
+    )
     band(left, x[:-1], bias[:, :-1], LOOKS[4], "squared bias")
     band(left, x, variance, LOOKS[3], "variance")
     title = f"An estimate from {EPISODES} episodes, policy's return {policy['return']:.0f}"
@@ -277,19 +280,20 @@ def draw_lambda(data: dict, fig) -> str:
     band(right, x, during, LOOKS[1], "mean over training")
     right.set(title=f"vpg.py, {data['seeds']} seeds, 50,000 steps", ylabel="return")
     for ax in (left, right):
-        ax.set_xticks(x, GAES)
+        ax.set_xticks(x, WAYS["lambda"])
         ax.set_xlabel("λ")
         ax.legend()
     fig.suptitle("CartPole-v1, GAE's λ, 95 % bootstrap intervals")
     best, least = during[0].argmax(), (bias + variance)[0].argmin()
     told = [
         f"λ = {name} has squared bias {written(bias[:, n])} and variance {written(variance[:, n])}"
-        for n, name in enumerate(GAES)
+        for n, name in enumerate(WAYS["lambda"])
         if name in ("0", "0.97", "1")
     ]
     return (
         f"At a policy of return {policy['return']:.0f}, {', '.join(told)}, as shares of the squared"
-        f" mean gradient at λ = 1, and their sum is least at λ = {LAMBDAS[least]:g}; training"
+        f" mean gradient at λ = 1; variance is least at λ = {LAMBDAS[variance[0].argmin()]:g},"
+        f" the sum at λ = {LAMBDAS[least]:g}; training"
         f" returns most on average at λ = {LAMBDAS[best]:g}, {written(during[:, best])},"
         f" against {written(during[:, 0])} at λ = 0 and {written(during[:, -1])} at λ = 1."
     )
@@ -316,11 +320,11 @@ def draw_ladder(data: dict, fig) -> str:
     titles = {"tutorial": "the tutorial's configuration"}
     titles["defaults"] = "our defaults (REINFORCE goes on to 200,000)"
     draw_panels(data, fig, titles)
-    runs = data["runs"]
+    ours, theirs = (finals(data["runs"], prefix) for prefix in ("defaults: ", "tutorial: "))
     return (
-        "Greedy return after training at the tutorial's configuration (50,000 steps, rollouts"
-        f" of 16,384): {finals(runs, 'tutorial: ')}; at our defaults (50,000 steps, REINFORCE"
-        f" 200,000): {finals(runs, 'defaults: ')}."
+        "Greedy return after training at the tutorial's configuration (50,000 steps, which are"
+        f" four rollouts of 16,384, but 8 episodes in REINFORCE): {theirs}; at our defaults"
+        f" (50,000 steps, REINFORCE 200,000): {ours}."
     )
 
 
