@@ -383,8 +383,9 @@ def draw_stepsize(data: dict, fig) -> str:
     about = f"mean and 95 % bootstrap interval over {data['seeds']} seeds"
     fig.suptitle(f"CartPole-v1, 50,000 steps (REINFORCE 200,000), {about}")
     return (
-        "A mean greedy return of 475 or more, over learning rates (of PPO's critic too, VPG's keeps"
-        f" its own; TRPO: target KLs) from {GRID[0]:g} to {GRID[-1]:g}: {'; '.join(told)}."
+        f"Of learning rates from {GRID[0]:g} to {GRID[-1]:g} (PPO's moves its critic too, VPG's"
+        f" does not), for TRPO target KLs from {KLS[0]:g} to {KLS[-1]:g}, a mean return of 475"
+        f" or more has {'; '.join(told)}."
     )
 
 
