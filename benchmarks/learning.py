@@ -34,9 +34,9 @@ class Options:
     workers: int = 1  # runs at a time; seconds of training are those of one core with 1
 
 
-def run(name: str, seed: int) -> dict[str, float]:
-    """One seed of one command: the mean greedy return, the steps and seconds of its training."""
-    script, *flags = shlex.split(COMMANDS[name]["command"])
+def train(command: str, seed: int) -> tuple[float, list[dict[str, str]]]:
+    """The mean greedy return after one run of a command, and the rows of its metrics.csv."""
+    script, *flags = shlex.split(command)
     sys.path.insert(0, str(ROOT))
     module = importlib.import_module(Path(script).stem)
     args = tyro.cli(module.Args, args=[*flags, "--seed", str(seed)])
@@ -45,8 +45,14 @@ def run(name: str, seed: int) -> dict[str, float]:
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             greedy = module.train(args)
         (metrics,) = Path("runs").glob("*/metrics.csv")
-        *_, last = csv.DictReader(metrics.open())
+        rows = list(csv.DictReader(metrics.open()))
         os.chdir(ROOT)
+    return greedy, rows
+
+
+def run(name: str, seed: int) -> dict[str, float]:
+    """One seed of one command: the mean greedy return, the steps and seconds of its training."""
+    greedy, (*_, last) = train(COMMANDS[name]["command"], seed)
     steps = int(last["global_step"])
     seconds = steps / float(last["charts/SPS"])
     return {"seed": seed, "return": greedy, "steps": steps, "seconds": seconds}
