@@ -51,7 +51,6 @@ class Args:
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
-
     rewards, terminations, truncations: (T, N) or (T,); values: a row more, the last the bootstrap.
     All float32 or float64, flags bool. Returns (advantages, returns), shaped like rewards.
     """
@@ -80,8 +79,6 @@ def mlp(num_inputs: int, num_outputs: int, std: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Networks over (M, D) float32 observations."""
-
     def __init__(self, envs, args: Args):
         super().__init__()
         space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
@@ -95,7 +92,7 @@ class Agent(nn.Module):
             self.actor.log_std = self.log_std = nn.Parameter(torch.zeros(self.shape))
 
     def policy(self, observations: Tensor) -> Distribution:
-        """The distribution of the actions at each of M observations."""
+        """The distribution of the actions at each of (M, D) float32 observations."""
         outputs = self.actor(self.normalize(observations))
         if self.discrete:
             return Categorical(logits=outputs)
@@ -135,7 +132,6 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
 
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
     """Yields one whole episode of every environment.
-
     Arrays are (T, N, ...); observations' row t + 1, of T + 1, is the true successor of row t.
     valid marks the steps to learn from; episodes are the (return, length) of those that ended.
     """
@@ -261,9 +257,8 @@ def train(args: Args) -> float:
             "charts/SPS": global_step / (time.perf_counter() - start),
         } | {f"losses/{name}": value for name, value in losses.items()}
         with open(run_dir / "metrics.csv", "a") as file:
-            if not file.tell():
-                print(*metrics, sep=",", file=file)
-            print(*metrics.values(), sep=",", file=file)
+            rows = [metrics.values()] if file.tell() else [metrics, metrics.values()]
+            file.writelines(",".join(map(str, row)) + "\n" for row in rows)
         progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
         progress.update(int(batch.valid.sum()))
     progress.close()

@@ -60,7 +60,6 @@ class Args:
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
-
     rewards, terminations, truncations: (T, N) or (T,); values: a row more, the last the bootstrap.
     All float32 or float64, flags bool. Returns (advantages, returns), shaped like rewards.
     """
@@ -89,8 +88,6 @@ def mlp(num_inputs: int, num_outputs: int, std: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Networks over (M, D) float32 observations."""
-
     def __init__(self, envs, args: Args):
         super().__init__()
         space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
@@ -105,7 +102,7 @@ class Agent(nn.Module):
         self.critic = mlp(num_inputs, 1, 1.0)
 
     def policy(self, observations: Tensor) -> Distribution:
-        """The distribution of the actions at each of M observations."""
+        """The distribution of the actions at each of (M, D) float32 observations."""
         outputs = self.actor(self.normalize(observations))
         if self.discrete:
             return Categorical(logits=outputs)
@@ -113,7 +110,7 @@ class Agent(nn.Module):
         return Independent(Normal(means, self.log_std.exp()), len(self.shape))
 
     def value(self, observations: Tensor) -> Tensor:
-        """V(s) at each of M observations, shape (M,)."""
+        """V(s), (M,), at each of (M, D) float32 observations."""
         return self.critic(self.normalize(observations)).squeeze(-1)
 
 
@@ -149,7 +146,6 @@ def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndar
 
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
     """Yields num_steps steps of every environment, going on where the last ones were cut.
-
     Arrays are (T, N, ...); observations' row t + 1, of T + 1, is the true successor of row t.
     valid marks the steps to learn from; episodes are the (return, length) of those that ended.
     """
@@ -325,9 +321,8 @@ def train(args: Args) -> float:
             "charts/SPS": global_step / (time.perf_counter() - start),
         } | {f"losses/{name}": value for name, value in losses.items()}
         with open(run_dir / "metrics.csv", "a") as file:
-            if not file.tell():
-                print(*metrics, sep=",", file=file)
-            print(*metrics.values(), sep=",", file=file)
+            rows = [metrics.values()] if file.tell() else [metrics, metrics.values()]
+            file.writelines(",".join(map(str, row)) + "\n" for row in rows)
         progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
         progress.update(int(batch.valid.sum()))
     progress.close()
