@@ -98,7 +98,7 @@ class Agent(nn.Module):
             self.normalize = nn.Sequential(norm, nn.Hardtanh(-10, 10)).eval()
         self.actor = mlp(num_inputs, int(space.n) if self.discrete else math.prod(self.shape), 0.01)
         if not self.discrete:
-            self.actor.log_std = self.log_std = nn.Parameter(torch.zeros(self.shape))
+            self.actor.log_std = self.log_std = nn.Parameter(torch.zeros(self.shape))  # actor's
         self.critic = mlp(num_inputs, 1, 1.0)
 
     def policy(self, observations: Tensor) -> Distribution:
