@@ -9,15 +9,22 @@ For gamma = 1 they are equal; for less, a factor gamma^t is dropped from R_t, as
 Run: python reinforce.py --env-id CartPole-v1
 """
 
+import json
 import math
+import os
+import shutil
+import signal
+import subprocess
 import time
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from gymnasium.wrappers import vector as wrappers
 from torch import Tensor, nn
@@ -30,14 +37,17 @@ except ImportError:  # no progress bar, then
 
 Distribution.set_default_validate_args(False)
 Batch = namedtuple("Batch", "observations actions rewards terminations truncations valid episodes")
+interrupts: list = []  # Ctrl-C appends to it, which ends the training after its iteration
 
 
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # decides everything: parameters, actions, environments, minibatches
     total_timesteps: int = 200_000  # environment steps to train for, over all environments
     num_envs: int = 8  # environments stepped side by side
+    vectorization_mode: str | None = None  # sync or async; None leaves it to Gymnasium
     device: str = "cpu"  # where the networks live; small ones are fastest on the CPU
     learning_rate: float = 2e-3  # Adam's step size
     anneal_lr: bool = True  # lower the learning rate linearly to zero
@@ -46,6 +56,13 @@ class Args:
     normalize_observations: bool = False  # scale observations by their running statistics
     normalize_rewards: bool = False  # scale rewards by the running deviation of the return
     eval_episodes: int = 100  # episodes of the evaluation at the end
+    capture_video: bool = False  # film an evaluation episode, into the run folder's videos/
+    checkpoint_interval: int = 10  # iterations from one checkpoint to the next
+    resume: str | None = None  # run folder or checkpoint to go on with
+    track: bool = False  # log to Weights & Biases, too
+    wandb_project_name: str = "policy-ladder"  # W&B project
+    wandb_entity: str | None = None  # W&B user or team
+    wandb_group: str | None = None  # W&B group of runs
     reward_to_go: bool = True  # weigh an action by the rewards after it, not by all of the episode
 
 
@@ -100,12 +117,14 @@ class Agent(nn.Module):
         return Independent(Normal(means, self.log_std.exp()), len(self.shape))
 
 
-def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
+def make_envs(args: Args, num_envs: int, mode: str | None = None) -> gym.vector.VectorEnv:
     """num_envs environments with flat observations; actions beyond the bounds are clipped."""
     try:
-        envs = gym.make_vec(args.env_id, num_envs)
-    except gym.error.Error as error:
-        raise ValueError(f"--env-id {args.env_id}: {error}") from error
+        options: dict = {"render_mode": "rgb_array"} if args.capture_video else {}
+        envs = gym.make_vec(args.env_id, num_envs, mode, **options)
+    except (gym.error.Error, ValueError) as error:
+        name = f"--env-id {args.env_id}" + f" --vectorization-mode {mode}" * (mode is not None)
+        raise ValueError(f"{name}: {error}") from error
     observations, actions = envs.single_observation_space, envs.single_action_space
     if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
         raise ValueError(f"--env-id {args.env_id}: autoreset mode {mode}, must be NEXT_STEP")
@@ -166,6 +185,12 @@ def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
     return [torch.as_tensor(column, device=args.device)[valid] for column in columns]
 
 
+def average(x: Tensor) -> None:
+    """Makes x its mean over the processes, if torchrun started several."""
+    if dist.is_initialized():
+        dist.all_reduce(x.div_(dist.get_world_size()))
+
+
 def step(optimizer: torch.optim.Optimizer, loss: Tensor, args: Args) -> Tensor:
     """One step down the clipped gradient of loss; returns the norm that it had."""
     optimizer.zero_grad()
@@ -192,9 +217,11 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     return dict(zip(names, torch.stack(losses).tolist()))
 
 
-def evaluate(agent: Agent, args: Args, greedy: bool) -> float:
+def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) -> float:
     """Mean return of eval_episodes episodes, one in each of as many new environments."""
     envs = make_envs(args, args.eval_episodes)
+    if video:
+        envs = wrappers.RecordVideo(envs, str(video))
     observations, _ = envs.reset(seed=args.seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     for _ in range(args.total_timesteps):  # an end even where no time limit sets one
@@ -218,28 +245,110 @@ def check(args: Args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
     if size % (num_minibatches := getattr(args, "num_minibatches", 1)):
         raise ValueError(f"--num-minibatches {num_minibatches}: must divide {size} steps a rollout")
+    if args.capture_video and not find_spec("moviepy"):
+        raise ValueError("--capture-video True: needs moviepy, `pip install moviepy`")
     if "cuda" in args.device and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: PyTorch finds no GPU here, --device cpu works")
+
+
+def load_checkpoint(path: str) -> dict:
+    """The checkpoint in a file or run folder; ValueError if there is none of this script."""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        Args(**checkpoint["args"])
+        return checkpoint | {
+            "run": (file.parent, checkpoint["global_step"], checkpoint["log_size"])
+        }
+    except Exception as error:
+        raise ValueError(f"--resume {path}: no checkpoint of {__file__}: {error}") from error
+
+
+def attempt(call, *args, **kwargs):
+    """Calls W&B, whose failures cost a line of warning and never the training."""
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:
+        print(f"Warning: W&B: {error!r:.300}")
+
+
+def start_wandb(args: Args, run_dir: Path, mode: str | None = None):
+    """The W&B run of a run folder; that of a resumed one goes on."""
+    # Left alone, the client waits minutes to start and forever to finish on a silent server.
+    for setting in "INIT_TIMEOUT=10 FINISH_TIMEOUT=30 ERROR_REPORTING=false QUIET=true".split():
+        os.environ.setdefault(*f"WANDB_{setting}".split("="))
+    import wandb
+
+    if mode:
+        attempt(wandb.teardown)  # a failed start keeps the run's id taken
+    names: dict = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+    names |= {"group": args.wandb_group, "id": run_dir.name, "name": run_dir.name}
+    settings: dict = {"dir": run_dir, "resume": "allow", "reinit": "create_new", "mode": mode}
+    run = wandb.init(**names, **settings, config=vars(args))
+    run.save(shutil.copy(__file__, run_dir), base_path=run_dir, policy="now")
+    if run.offline:
+        print(f"W&B is offline; to upload the run later: wandb sync {run_dir}/wandb")
+    return run
 
 
 def train(args: Args) -> float:
     """Trains an agent, records it in a run folder, returns its mean return over greedy episodes."""
     check(args)
+    checkpoint = load_checkpoint(args.resume) if args.resume else {}
+    if dist.is_torchelastic_launched() and not dist.is_initialized():  # by torchrun
+        dist.init_process_group()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.set_num_threads(1)  # as fast for networks of this size, and leaves cores to other runs
     torch.manual_seed(args.seed)
-    envs: gym.vector.VectorEnv = wrappers.RecordEpisodeStatistics(make_envs(args, args.num_envs))
+    envs: gym.vector.VectorEnv = make_envs(args, args.num_envs, args.vectorization_mode)
+    scaled = wrappers.NormalizeReward(envs := wrappers.RecordEpisodeStatistics(envs), args.gamma)
     if args.normalize_rewards:
-        envs = wrappers.NormalizeReward(envs, args.gamma)
-        envs = wrappers.TransformReward(envs, lambda rewards: rewards.clip(-10, 10))
+        envs = wrappers.TransformReward(scaled, lambda rewards: rewards.clip(-10, 10))
     agent = Agent(envs, args).to(args.device)
-    optimizers, batches = make_optimizers(agent, args), rollouts(agent, envs, args, args.seed)
-    run_dir = Path("runs", f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}")
-    run_dir.mkdir(parents=True)
-    print(f"{run_dir}: {compute_gae.__name__} of {compute_gae.__module__}, device {args.device}")
-    global_step, start = 0, time.perf_counter()
-    progress = tqdm(total=args.total_timesteps, unit=" steps")
-    while global_step < args.total_timesteps:
-        remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
+    parts: list = [agent, *(optimizers := make_optimizers(agent, args))]
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}".replace("/", "-")
+    run_dir, global_step, log_size = checkpoint.get("run", (Path("runs", name), 0, 0))
+    for part, state in zip(parts, checkpoint.get("parts", ())):
+        part.load_state_dict(state)
+    vars(scaled.return_rms).update(checkpoint.get("return_rms", {}))
+    torch.set_rng_state(checkpoint.get("rng_state", torch.get_rng_state()))
+    if rank:  # the same parameters, then other actions
+        torch.manual_seed(args.seed + global_step + rank)
+    for parameter in agent.parameters() if world > 1 else ():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: average(parameter.grad))
+    batches = rollouts(agent, envs, args, args.seed + global_step + rank * args.num_envs)
+
+    def save(folder: Path) -> None:
+        """Writes a checkpoint that is whole, the old or the new one, whenever the run is killed."""
+        state = {"args": vars(args), "global_step": global_step, "log_size": log_size}
+        state["parts"] = [part.state_dict() for part in parts]
+        state["return_rms"] = {key: float(x) for key, x in vars(scaled.return_rms).items()}
+        with open(folder / "checkpoint.tmp", "wb") as file:
+            torch.save(state | {"rng_state": torch.get_rng_state()}, file)
+            file.flush()
+            os.fsync(file)
+        os.replace(file.name, folder / "checkpoint.pt")
+
+    if rank == 0 and not args.resume:
+        record = vars(args) | {module.__name__: module.__version__ for module in (gym, np, torch)}
+        command = f"git -C '{Path(__file__).parent}' describe --always --dirty"
+        record["commit"] = subprocess.getoutput(command)
+        (folder := Path(f"{run_dir}.new")).mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(record, indent=1))
+        save(folder)
+        folder.rename(run_dir)
+    run = None
+    if args.track and rank == 0:
+        run = attempt(start_wandb, args, run_dir) or attempt(start_wandb, args, run_dir, "offline")
+    if rank == 0:
+        print(f"{run_dir}: {compute_gae.__name__} of {compute_gae.__module__} on {args.device}")
+    iteration, first_step, stopped, start = 0, global_step, False, time.perf_counter()
+    total = args.total_timesteps
+    progress = tqdm(total=total, initial=global_step, unit=" steps", disable=rank > 0)
+    while global_step < total and not stopped:
+        remaining = 1 - global_step / total if args.anneal_lr else 1.0
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * remaining
         batch = next(batches)
@@ -247,26 +356,54 @@ def train(args: Args) -> float:
         observations = torch.as_tensor(batch.observations, device=args.device)
         agent.normalize.train()(observations.flatten(0, 1))
         agent.normalize.eval()
-        global_step += int(batch.valid.sum())
+        counts = torch.tensor([float(batch.valid.sum()), len(interrupts)], device=args.device)
+        for tensor in (counts, *list(agent.buffers())[:2]):  # the running mean and variance
+            average(tensor)
+        steps, stopped = round(counts[0].item() * world), counts[1].item() > 0
+        global_step, iteration = global_step + steps, iteration + 1
         returns, lengths = np.mean(batch.episodes or [(math.nan, math.nan)], axis=0)
         metrics = {
             "global_step": global_step,
             "charts/episodic_return": returns,
             "charts/episodic_length": lengths,
             "charts/learning_rate": optimizers[0].param_groups[0]["lr"],
-            "charts/SPS": global_step / (time.perf_counter() - start),
+            "charts/SPS": (global_step - first_step) / (time.perf_counter() - start),
         } | {f"losses/{name}": value for name, value in losses.items()}
-        with open(run_dir / "metrics.csv", "a") as file:
-            rows = [metrics.values()] if file.tell() else [metrics, metrics.values()]
-            file.writelines(",".join(map(str, row)) + "\n" for row in rows)
+        sums = losses | {"observations": batch.observations.sum(), "rewards": batch.rewards.sum()}
+        if broken := {name: x for name, x in sums.items() if not math.isfinite(x)}:
+            raise FloatingPointError(f"step {global_step} of {run_dir}: {broken}")
+        if rank == 0:
+            with open(run_dir / "metrics.csv", "a") as file:
+                file.truncate(log_size)  # drops what a killed run wrote after its checkpoint
+                rows = [metrics.values()] if log_size else [metrics, metrics.values()]
+                file.writelines(",".join(map(str, row)) + "\n" for row in rows)
+                log_size = file.tell()
+            if run:
+                attempt(run.log, metrics, step=global_step)
+            if stopped or global_step >= total or iteration % args.checkpoint_interval == 0:
+                save(run_dir)
         progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
-        progress.update(int(batch.valid.sum()))
+        progress.update(steps)
     progress.close()
     envs.close()
-    greedy, sampled = (evaluate(agent, args, greedy) for greedy in (True, False))
-    print(f"Mean of {args.eval_episodes} episodes: greedy {greedy:.2f}, sampled {sampled:.2f}")
-    return greedy
+    scores = {"greedy": math.nan}
+    if stopped and rank == 0:
+        print(f"Stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
+    elif rank == 0:
+        scores = {name: evaluate(agent, args, name == "greedy") for name in ("greedy", "sampled")}
+        (run_dir / "evaluation.json").write_text(json.dumps(scores))
+        print(f"Mean return of {args.eval_episodes} episodes: {scores}")
+        if args.capture_video:
+            evaluate(agent, replace(args, eval_episodes=1), True, run_dir / f"videos/{global_step}")
+    if run:
+        attempt(run.log, scores, step=global_step)
+        attempt(run.finish)
+    return scores["greedy"]
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    signal.signal(signal.SIGINT, lambda n, _: interrupts.append(signal.signal(n, signal.SIG_DFL)))
+    args = tyro.cli(Args)
+    if args.resume:  # the run's own arguments, but for those given now
+        args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
+    train(args)
