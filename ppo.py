@@ -107,6 +107,7 @@ class Agent(nn.Module):
         super().__init__()
         space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
         self.discrete, self.shape = isinstance(space, gym.spaces.Discrete), space.shape
+        self.device = args.device
         self.normalize: nn.Module = nn.Identity()
         if args.normalize_observations:  # by the mean over rollouts of each one's mean and variance
             norm = nn.BatchNorm1d(num_inputs, eps=1e-8, momentum=None, affine=False)
@@ -153,12 +154,13 @@ def make_envs(args: Args, num_envs: int, mode: str | None = None) -> gym.vector.
 @torch.inference_mode()
 def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndarray:
     """One action at each of N observations: sampled or, if greedy, the most likely."""
-    device = next(agent.parameters()).device
-    policy = agent.policy(torch.as_tensor(observations, dtype=torch.float32, device=device))
-    if isinstance(policy, Categorical) and not greedy:  # sample() does this, too, but slower
-        race = policy.probs / torch.empty_like(policy.probs).exponential_()
-        return race.argmax(-1).cpu().numpy()
-    return (policy.mode if greedy else policy.sample()).cpu().numpy()
+    inputs = torch.as_tensor(observations, dtype=torch.float32, device=agent.device)
+    outputs = agent.actor(agent.normalize(inputs))  # agent.policy's logits or means; it is slower
+    if agent.discrete:  # Gumbel noise makes the largest logit a sample
+        noise = 0 if greedy else -torch.empty_like(outputs).exponential_().log()
+        return (outputs + noise).argmax(-1).cpu().numpy()
+    noise = 0 if greedy else torch.randn_like(outputs) * agent.log_std.exp().flatten()
+    return (outputs + noise).unflatten(-1, agent.shape).cpu().numpy()
 
 
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
