@@ -226,7 +226,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     for _ in range(args.update_epochs):
         order = torch.randperm(len(data[0]), device=args.device)
         count = min(args.num_minibatches, len(order))  # resets may leave fewer rows than that
-        minibatches = zip(*(x[order].tensor_split(count) for x in data))
+        minibatches = zip(*(x.index_select(0, order).tensor_split(count) for x in data))
         for observations, actions, log_probs, values, advantages, returns in minibatches:
             policy, new_values = agent.policy(observations), agent.value(observations)
             if args.norm_adv:
