@@ -71,6 +71,7 @@ class Args:
     clip_coef: float = 0.2  # eps: how far from 1 the ratio still counts
     clip_vloss: bool = False  # clip the change of the value, too
     target_kl: float | None = None  # bound on the KL to the old policy
+    compile: bool = False  # compile the loss: pays after a million steps, needs a C++ compiler
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
@@ -217,36 +218,42 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
     return [torch.optim.Adam(net.parameters(), lr, eps=1e-5, fused=True) for net, lr in rates]
 
 
+def losses(agent: Agent, args: Args, *minibatch: Tensor) -> tuple[Tensor, ...]:
+    """The loss of one minibatch, and the metrics that belong to it."""
+    observations, actions, log_probs, values, advantages, returns = minibatch
+    policy, new_values = agent.policy(observations), agent.value(observations)
+    if args.norm_adv:
+        advantages = nn.functional.layer_norm(advantages, advantages.shape, eps=1e-8)
+    log_ratio = policy.log_prob(actions) - log_probs
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    errors = (new_values - returns).square()
+    if args.clip_vloss:
+        changes = (new_values - values).clamp(-args.clip_coef, args.clip_coef)
+        errors = torch.max(errors, (values + changes - returns).square())
+    value_loss, entropy = 0.5 * errors.mean(), policy.entropy().mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+    clipfrac = (ratio != clipped_ratio).float().mean()
+    return loss, policy_loss, value_loss, entropy, approx_kl, clipfrac
+
+
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """One iteration's learning from one batch; returns its metrics."""
     observations, actions, values, advantages, returns = estimate(agent, batch, args)
     unexplained = (returns - values).var(0, False) / returns.var(0, False).clamp_min(1e-8)
     log_probs = agent.policy(observations).log_prob(actions).detach()
     data, metrics = (observations, actions, log_probs, values, advantages, returns), []
+    losses_of = torch.compile(losses, dynamic=True) if args.compile else losses
+    # Resets leave at least every other step; the count must be the same in all processes.
+    count = min(args.num_minibatches, args.num_envs * (args.num_steps // 2))
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(data[0]), device=args.device)
-        count = min(args.num_minibatches, len(order))  # resets may leave fewer rows than that
-        minibatches = zip(*(x.index_select(0, order).tensor_split(count) for x in data))
-        for observations, actions, log_probs, values, advantages, returns in minibatches:
-            policy, new_values = agent.policy(observations), agent.value(observations)
-            if args.norm_adv:
-                advantages = nn.functional.layer_norm(advantages, advantages.shape, eps=1e-8)
-            log_ratio = policy.log_prob(actions) - log_probs
-            ratio = log_ratio.exp()
-            clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-            errors = (new_values - returns).square()
-            if args.clip_vloss:
-                changes = (new_values - values).clamp(-args.clip_coef, args.clip_coef)
-                errors = torch.max(errors, (values + changes - returns).square())
-            value_loss, entropy = 0.5 * errors.mean(), policy.entropy().mean()
-            loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+        for rows in torch.randperm(len(observations), device=args.device).tensor_split(count):
+            loss, *parts = losses_of(agent, args, *(x.index_select(0, rows) for x in data))
             grad_norm = step(optimizers[0], loss, args)
-            approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
-            clipfrac = (ratio != clipped_ratio).float().mean()
-            losses = (policy_loss, value_loss, entropy, approx_kl, clipfrac, grad_norm)
-            metrics.append(torch.stack(losses).detach())
-        average(approx_kl := approx_kl.detach())
+            metrics.append(torch.stack((*parts, grad_norm)).detach())
+        average(approx_kl := parts[3].detach())
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
