@@ -6,14 +6,20 @@ NAME is variance, lambda, ladder, clipping or stepsize. Data go to benchmarks/re
 figure to NAME.png, the sentence to experiments.md; --redraw makes the last two from the first.
 """
 
+import contextlib
 import copy
+import csv
+import importlib
 import json
 import os
 import platform
+import shlex
 import sys
+import tempfile
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 from unittest.mock import patch
 
@@ -21,24 +27,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from learning import RESULTS, ROOT, train
-from scipy.stats import bootstrap
+from report import LOOKS, band, interval
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
-import reinforce
-import vpg
+import reinforce  # noqa: E402
+import vpg  # noqa: E402
 
 SEEDS = {"variance": 1, "lambda": 10, "ladder": 10, "clipping": 10, "stepsize": 5}
 SCRIPTS = ["REINFORCE", "VPG", "TRPO", "PPO"]
-# Okabe and Ito's colours, which all eyes tell apart; line styles and markers say the same again.
-LOOKS = [
-    {"color": color, "linestyle": line, "marker": marker}
-    for color, line, marker in zip(
-        ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7"),
-        (":", "--", "-.", "-", "--"),
-        "ovs^D",
-    )
-]
 
 EPISODES, ESTIMATES = 8, 512  # episodes of one estimate of the gradient; estimates at a policy
 TARGETS = [0, 50, 100, 200, 350, 475]  # returns at which the policies are taken from training
@@ -95,6 +93,21 @@ class Options:
     seeds: int | None = None  # seeds of each training; 10 by default, 5 for stepsize
     workers: int = 2  # runs at a time
     redraw: bool = False  # run nothing, draw the data that are there
+
+
+def train(command: str, seed: int) -> tuple[float, list[dict[str, str]]]:
+    """The mean greedy return after one run of a command, and the rows of its metrics.csv."""
+    script, *flags = shlex.split(command)
+    module = importlib.import_module(Path(script).stem)
+    args = tyro.cli(module.Args, args=[*flags, "--seed", str(seed)])
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silent:
+        os.chdir(folder)
+        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            greedy = module.train(args)
+        (metrics,) = Path("runs").glob("*/metrics.csv")
+        rows = list(csv.DictReader(metrics.open()))
+        os.chdir(ROOT)
+    return greedy, rows
 
 
 def sweep(pool: Executor, commands: dict[str, str], seeds: int) -> dict[str, dict]:
@@ -209,23 +222,8 @@ def measure(name: str, pool: Executor, seeds: int) -> dict:
     return data
 
 
-def interval(samples) -> np.ndarray:
-    """Mean and 95 % bootstrap interval over seeds, the first axis: (3, ...)."""
-    samples = np.asarray(samples, dtype=float)
-    found = bootstrap((samples,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=0)
-    return np.stack((samples.mean(0), *found.confidence_interval))
-
-
 def written(estimate) -> str:
     return "{:.3g} [{:.3g}, {:.3g}]".format(*estimate)
-
-
-def band(ax, x, estimates, look: dict, label: str) -> None:
-    """A line of estimates (3, K) with its interval shaded."""
-    middle, low, high = estimates
-    every = max(1, len(x) // 10)
-    ax.plot(x, middle, label=label, markersize=4, markevery=every, linewidth=1.6, **look)
-    ax.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
 
 
 def finals(runs: dict, prefix: str) -> str:
