@@ -87,7 +87,8 @@ def collect(folder: Path) -> dict | None:
     grid = np.linspace(0, min(run["steps"] for run in runs), POINTS + 1)[1:]
     for run, points in zip(runs, curves):
         run["curve"] = np.interp(grid, *points.T).round(2).tolist() if len(points) else None
-    return command | {"env_id": args["env_id"], "machine": "; ".join(machines), "runs": runs}
+    about = {"command": command["command"], "env_id": args["env_id"]}
+    return about | {"machine": "; ".join(machines), "runs": runs}
 
 
 def number(value: float) -> str:
@@ -107,10 +108,10 @@ def table(results: dict) -> str:
         "| command | seeds | mean | IQM | lowest | goal | met by | steps | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for result in results.values():
+    for name, result in results.items():
         keys = ("return", "steps", "seconds")
         returns, steps, seconds = (np.array([run[key] for run in result["runs"]]) for key in keys)
-        goal = result.get("goal")
+        goal = COMMANDS.get(name, {}).get("goal")
         mean, middle = (
             "{} [{}, {}]".format(*map(number, interval(returns, statistic)))
             for statistic in (np.mean, iqm)
@@ -160,7 +161,7 @@ def main(options: Options) -> None:
     names = sorted(results, key=lambda name: [*COMMANDS, name].index(name))
     lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in names]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    results = {name: COMMANDS.get(name, {}) | results[name] for name in names}
+    results = {name: results[name] for name in names}
     (target / "learning.md").write_text(table(results))
     plt.rcParams |= {"font.size": 11, "axes.grid": True, "grid.alpha": 0.3}
     panels: dict[str, dict] = {}  # an entry of before has no curves, nor one without episodes

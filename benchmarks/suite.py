@@ -116,7 +116,7 @@ def run(command: str, seed: int, folder: Path, extra: list[str]) -> tuple[int, s
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
     with open(folder / "log.txt", "a+") as log:
         start = log.tell()
-        print("$", shlex.join(process), file=log, flush=True)
+        print("\n$", shlex.join(process), file=log, flush=True)
         script = subprocess.Popen(
             process,
             cwd=folder,

@@ -115,7 +115,7 @@ def test_the_report_keeps_results_of_before(tmp_path):
     import report
 
     runs = [{"seed": s, "return": 10.0 * s, "steps": 5, "seconds": 1.0} for s in (1, 2, 3, 4)]
-    old = {"cartpole-ppo": {"machine": "of before", "runs": runs}}
+    old = {"cartpole-ppo": {"command": "ppo.py", "machine": "of before", "runs": runs}}
     (tmp_path / "learning.json").write_text(json.dumps(old))
     (tmp_path / "cartpole-vpg").mkdir()
     (tmp_path / "cartpole-vpg" / "command.json").write_text('{"command": "vpg.py", "seeds": 1}')
