@@ -1,0 +1,213 @@
+"""A run's record is whole whenever it ends, and it goes on from there."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from environments import LADDER, arguments
+
+import ppo
+
+SMALL = {"num_envs": 2, "num_steps": 64, "eval_episodes": 2, "checkpoint_interval": 2}
+NORMALIZED = {"normalize_observations": True, "normalize_rewards": True}
+each = pytest.mark.parametrize("script", LADDER)
+
+
+def started(script, folder, monkeypatch, **wanted):
+    """The folder and the arguments of a run that is trained to its end."""
+    monkeypatch.chdir(folder)
+    args = arguments(script, "CartPole-v1", **{"total_timesteps": 600} | SMALL | wanted)
+    script.train(args)
+    (run_dir,) = Path("runs").iterdir()
+    return run_dir, args
+
+
+def steps(run_dir):
+    with open(run_dir / "metrics.csv") as file:
+        return [int(row["global_step"]) for row in csv.DictReader(file)]
+
+
+@each
+def test_a_run_folder_holds_its_record(script, tmp_path, monkeypatch):
+    run_dir, args = started(script, tmp_path, monkeypatch)
+    assert run_dir.name.startswith(f"CartPole-v1__{script.__name__}__{args.seed}__")
+    names = {"args.json", "checkpoint.pt", "evaluation.json", "metrics.csv"}
+    assert {file.name for file in run_dir.iterdir()} == names
+    record = json.loads((run_dir / "args.json").read_text())
+    assert vars(args).items() <= record.items()
+    assert record["torch"] == torch.__version__ and record["numpy"] == np.__version__
+    assert record["commit"]
+    assert json.loads((run_dir / "evaluation.json").read_text()).keys() == {"greedy", "sampled"}
+    columns = {"global_step", "charts/episodic_return", "charts/SPS", "losses/policy_loss"}
+    assert columns <= set((run_dir / "metrics.csv").read_text().splitlines()[0].split(","))
+    script.train(args)
+    assert len(list(Path("runs").iterdir())) == 2, "the same command again overwrites nothing"
+
+
+@each
+def test_a_resumed_run_goes_on_in_its_folder(script, tmp_path, monkeypatch):
+    run_dir, args = started(script, tmp_path, monkeypatch, **NORMALIZED)
+    before, rows = steps(run_dir), (run_dir / "metrics.csv").read_text()
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert checkpoint["global_step"] == before[-1] and len(checkpoint["rng_state"])
+    assert "normalize.0.running_mean" in checkpoint["parts"][0]
+    script.train(replace(args, resume=str(run_dir)))
+    assert (run_dir / "metrics.csv").read_text() == rows, "a finished run is only evaluated"
+    args = replace(args, resume=str(run_dir / "checkpoint.pt"), total_timesteps=1200)
+    script.train(args)
+    after = steps(run_dir)
+    assert after[: len(before)] == before and len(after) > len(before)
+    assert after == sorted(set(after)) and after[-1] >= 1200
+    (path,) = Path("runs").iterdir()
+    resumed = torch.load(path / "checkpoint.pt", weights_only=True)
+    assert resumed["return_rms"]["count"] > checkpoint["return_rms"]["count"]
+    if script is not ppo or not args.anneal_lr:
+        return
+    with open(run_dir / "metrics.csv") as file:
+        row = list(csv.DictReader(file))[len(before)]
+    expected = args.learning_rate * (1 - before[-1] / 1200)
+    assert float(row["charts/learning_rate"]) == pytest.approx(expected)
+
+
+def test_everything_that_learns_is_restored(tmp_path, monkeypatch):
+    run_dir, args = started(ppo, tmp_path, monkeypatch, **NORMALIZED)
+    saved, seen = torch.load(run_dir / "checkpoint.pt", weights_only=True), []
+
+    def evaluate(agent, *_):
+        seen.append(agent.state_dict())
+        return 0.0
+
+    monkeypatch.setattr(ppo, "evaluate", evaluate)
+    ppo.train(replace(args, resume=str(run_dir)))
+    assert all(torch.equal(seen[0][name], saved["parts"][0][name]) for name in seen[0])
+    again = ppo.load_checkpoint(str(run_dir))
+    assert torch.equal(torch.get_rng_state(), saved["rng_state"])
+    assert str(again["parts"][1]) == str(saved["parts"][1])
+
+
+@each
+@pytest.mark.parametrize("kind", ["absent", "truncated", "foreign", "other script"])
+def test_what_is_no_checkpoint_is_refused_by_name(script, kind, tmp_path, monkeypatch):
+    other = LADDER[LADDER.index(script) - 1]
+    run_dir, _ = started(other if kind == "other script" else script, tmp_path, monkeypatch)
+    path = run_dir / "checkpoint.pt"
+    if kind == "absent":
+        path = Path("nowhere")
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=f"--resume {path}: no checkpoint of"):
+        script.train(script.Args(resume=str(path)))
+
+
+@each
+@pytest.mark.parametrize("quantity", ["rewards", "observations", "policy_loss"])
+def test_a_nan_stops_the_run_before_it_is_saved(script, quantity, tmp_path, monkeypatch):
+    update, count = script.update, iter(range(99))
+
+    def poisoned(agent, optimizers, batch, args):
+        losses = update(agent, optimizers, batch, args)
+        if next(count) == 3:
+            if quantity == "policy_loss":
+                return losses | {quantity: float("nan")}
+            getattr(batch, quantity)[0, 0] = np.nan
+        return losses
+
+    monkeypatch.setattr(script, "update", poisoned)
+    with pytest.raises(FloatingPointError, match=rf"step \d+ of runs/.*{quantity}.*nan"):
+        started(script, tmp_path, monkeypatch)
+    (run_dir,) = Path("runs").iterdir()
+    assert (
+        torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] == steps(run_dir)[1]
+    )
+    script.load_checkpoint(str(run_dir))
+
+
+def killed(args, seconds):
+    """Trains in a fork of this warm process, which SIGKILL ends some time after it began."""
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+        ppo.train(args)
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def kill_runs(times, folder):
+    """Kills one run at `times` random instants; it must resume and lose at most an interval."""
+    os.chdir(folder)
+    random.seed(times)
+    args = ppo.Args(**SMALL | {"total_timesteps": 10**7}, **NORMALIZED)
+    lost = []
+    while not Path("runs").exists() or not [p for p in Path("runs").iterdir() if not p.suffix]:
+        killed(args, random.uniform(0.05, 0.4))
+    (run_dir,) = (path for path in Path("runs").iterdir() if path.suffix != ".new")
+    for _ in range(times):
+        killed(replace(args, resume=str(run_dir)), random.uniform(0.02, 0.6))
+        checkpoint = ppo.load_checkpoint(str(run_dir))
+        rows = steps(run_dir) if (run_dir / "metrics.csv").exists() else []
+        kept = [step for step in rows if step <= checkpoint["global_step"]]
+        assert rows == sorted(set(rows)) and (kept or [0])[-1] == checkpoint["global_step"]
+        assert np.diff([0, *rows]).max(initial=0) <= args.num_envs * args.num_steps
+        lost.append(len(rows) - len(kept))
+    assert max(lost) <= args.checkpoint_interval
+    return f"{times} kills, {len(rows)} iterations, at most {max(lost)} lost by one kill"
+
+
+def test_a_killed_run_resumes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kill_runs(4, tmp_path)
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_the_command_to_resume(tmp_path):
+    command = [sys.executable, ppo.__file__, "--total-timesteps", "10000000", "--num-envs", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("runs/*/metrics.csv")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert process.returncode == 0
+    assert f"ppo.py --resume {run_dir.relative_to(tmp_path)}" in output
+    assert ppo.load_checkpoint(str(run_dir))["global_step"] == steps(run_dir)[-1]
+    flags = ["--resume", str(run_dir), "--total-timesteps", "3000", "--eval-episodes", "2"]
+    subprocess.run([*command[:2], *flags], cwd=tmp_path, check=True, stdout=subprocess.PIPE)
+    assert (run_dir / "evaluation.json").exists()
+    assert ppo.load_checkpoint(str(run_dir))["args"]["num_envs"] == 2, "the run's own argument"
+
+
+def test_missing_moviepy_is_told_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    monkeypatch.setattr(ppo, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--capture-video True"):
+        ppo.train(ppo.Args(capture_video=True))
+    assert not any(tmp_path.iterdir())
+
+
+def test_unknown_and_uninstalled_environments_say_what_would_do():
+    with pytest.raises(ValueError, match=r"--env-id CartPoll-v1: .*CartPole"):
+        ppo.make_envs(ppo.Args("CartPoll-v1"), 2)
+    with pytest.raises(ValueError, match=r"--env-id LunarLander-v3: .*pip install"):
+        ppo.make_envs(ppo.Args("LunarLander-v3"), 2)
+    with pytest.raises(ValueError, match="--vectorization-mode fast"):
+        ppo.make_envs(ppo.Args(), 2, "fast")
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        print(kill_runs(int(sys.argv[1]), folder))
