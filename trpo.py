@@ -461,7 +461,8 @@ def train(args: Args) -> float:
         print(f"Stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
     elif rank == 0:
         scores = {name: evaluate(agent, args, name == "greedy") for name in ("greedy", "sampled")}
-        (run_dir / "evaluation.json").write_text(json.dumps(scores))
+        (run_dir / "evaluation.tmp").write_text(json.dumps(scores))
+        os.replace(run_dir / "evaluation.tmp", run_dir / "evaluation.json")
         print(f"Mean return of {args.eval_episodes} episodes: {scores}")
         if args.capture_video:
             evaluate(agent, replace(args, eval_episodes=1), True, run_dir / f"videos/{global_step}")

@@ -8,7 +8,7 @@ A run lives in FOLDER/NAME/SEED: runs/ as the script writes it, and log.txt. The
 skips what is finished and resumes what has a checkpoint; benchmarks/report.py tells the results.
 Ray starts on this machine alone, unless --address or RAY_ADDRESS names a cluster; there FOLDER and
 this project must be at the same path on each machine (a shared filesystem), with its packages
-in the Python that `ray start` uses. Linux and macOS.
+in the Python that `ray start` uses; RAY_AUTH_MODE=token if it has a token. Linux and macOS.
 """
 
 import ctypes

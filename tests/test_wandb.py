@@ -103,8 +103,8 @@ def test_without_key_the_run_is_offline_and_whole(tmp_path):
     assert run["config"]["update"]["total_timesteps"] == 1024
     assert wandb_steps(run_dir) == metrics_steps(run_dir) != []
     assert ("files", {"files": [{"path": SCRIPT.name}]}) in records
-    (saved,) = run_dir.glob(f"wandb/*/files/{SCRIPT.name}")
-    assert saved.read_bytes() == SCRIPT.read_bytes()
+    saved = list(run_dir.glob(f"wandb/*/files/{SCRIPT.name}"))
+    assert saved and all(path.read_bytes() == SCRIPT.read_bytes() for path in saved)
 
 
 @pytest.mark.parametrize("server", ["absent", "refusing", "silent", "fading"], indirect=True)
@@ -133,7 +133,7 @@ def kill_then_attempt(call, *args, **kwargs):
         subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"])
     return attempt(call, *args, **kwargs)
 attempt, script.attempt = script.attempt, kill_then_attempt
-small = {"num_envs": 2, "num_steps": 64, "eval_episodes": 2, "total_timesteps": 1024}
+small = dict(num_envs=2, num_steps=64, eval_episodes=2, total_timesteps=1024)
 script.train(script.Args(track=True, **small))
 script.attempt = attempt
 script.train(script.Args(track=True, **small, exp_name="second"))
