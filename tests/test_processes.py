@@ -10,7 +10,7 @@ import torch
 import ppo
 
 HERE = Path(__file__).resolve().parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DRIVER = """
 import os, sys, torch, torch.distributed as dist
 from environments import LADDER, arguments
@@ -44,7 +44,7 @@ print("all well", rank)
 def test_processes_hold_the_same_bits_and_count_all_steps(tmp_path):
     code = f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n" + DRIVER
     (tmp_path / "driver.py").write_text(code)
-    command = [*TORCHRUN, "--master-port", "0", "driver.py"]
+    command = [*TORCHRUN, "driver.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("all well") == 2
