@@ -147,6 +147,8 @@ def killed(args, seconds):
 
 def kill_runs(times, folder):
     """Kills one run at `times` random instants; it must resume and lose at most an interval."""
+    import torch._dynamo  # noqa: F401, or an optimizer would import it, for seconds, in each fork
+
     os.chdir(folder)
     random.seed(times)
     args = ppo.Args(**SMALL | {"total_timesteps": 10**7}, **NORMALIZED)
