@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -231,7 +231,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) -> float:
     """Mean return of eval_episodes episodes, one in each of as many new environments."""
-    envs = make_envs(args, args.eval_episodes)
+    envs = make_envs(args, 1 if video else args.eval_episodes)
     if video:
         envs = wrappers.RecordVideo(envs, str(video))
     observations, _ = envs.reset(seed=args.seed)
@@ -356,6 +356,8 @@ def train(args: Args) -> float:
         run = attempt(start_wandb, args, run_dir) or attempt(start_wandb, args, run_dir, "offline")
     if rank == 0:
         print(f"{run_dir}: {compute_gae.__name__} of {compute_gae.__module__} on {args.device}")
+    if args.capture_video and rank == 0:  # untrained, which shows at once what filming lacks
+        evaluate(agent, args, True, run_dir / f"videos/{global_step}")
     iteration, first_step, stopped, start = 0, global_step, False, time.perf_counter()
     total = args.total_timesteps
     progress = tqdm(total=total, initial=global_step, unit=" steps", disable=rank > 0)
@@ -368,10 +370,15 @@ def train(args: Args) -> float:
         observations = torch.as_tensor(batch.observations, device=args.device)
         agent.normalize.train()(observations.flatten(0, 1))
         agent.normalize.eval()
-        counts = torch.tensor([float(batch.valid.sum()), len(interrupts)], device=args.device)
-        for tensor in (counts, *list(agent.buffers())[:2]):  # the running mean and variance
+        sums = {"observations": batch.observations.sum(), "rewards": batch.rewards.sum()}
+        sums |= losses | {"steps": batch.valid.sum(), "interrupts": len(interrupts)}
+        everyone = torch.tensor([float(x) for x in sums.values()], device=args.device)
+        for tensor in (everyone, *list(agent.buffers())[:2]):  # the running mean and variance
             average(tensor)
-        steps, stopped = round(counts[0].item() * world), counts[1].item() > 0
+        means = dict(zip(sums, everyone.tolist()))  # the same in all processes: all end together
+        if broken := {name: x for name, x in means.items() if not math.isfinite(x)}:
+            raise FloatingPointError(f"step {global_step} of {run_dir}: {broken}")
+        steps, stopped = round(means["steps"] * world), means["interrupts"] > 0
         global_step, iteration = global_step + steps, iteration + 1
         returns, lengths = np.mean(batch.episodes or [(math.nan, math.nan)], axis=0)
         metrics = {
@@ -380,10 +387,7 @@ def train(args: Args) -> float:
             "charts/episodic_length": lengths,
             "charts/learning_rate": optimizers[0].param_groups[0]["lr"],
             "charts/SPS": (global_step - first_step) / (time.perf_counter() - start),
-        } | {f"losses/{name}": value for name, value in losses.items()}
-        sums = losses | {"observations": batch.observations.sum(), "rewards": batch.rewards.sum()}
-        if broken := {name: x for name, x in sums.items() if not math.isfinite(x)}:
-            raise FloatingPointError(f"step {global_step} of {run_dir}: {broken}")
+        } | {f"losses/{name}": means[name] for name in losses}
         if rank == 0:
             with open(run_dir / "metrics.csv", "a") as file:
                 file.truncate(log_size)  # drops what a killed run wrote after its checkpoint
@@ -407,7 +411,7 @@ def train(args: Args) -> float:
         os.replace(run_dir / "evaluation.tmp", run_dir / "evaluation.json")
         print(f"Mean return of {args.eval_episodes} episodes: {scores}")
         if args.capture_video:
-            evaluate(agent, replace(args, eval_episodes=1), True, run_dir / f"videos/{global_step}")
+            evaluate(agent, args, True, run_dir / f"videos/{global_step}")
     if run:
         attempt(run.log, scores, step=global_step)
         attempt(run.finish)
