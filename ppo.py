@@ -1,9 +1,7 @@
 """Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
 
 VPG + a clipped probability ratio, which makes several epochs of minibatches over one rollout safe:
-
     L(theta) = E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi_theta(a|s) / pi_old(a|s)
-
 Run: python ppo.py --env-id CartPole-v1
 """
 
@@ -218,27 +216,6 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
     return [torch.optim.Adam(net.parameters(), lr, eps=1e-5, fused=True) for net, lr in rates]
 
 
-def losses(agent: Agent, args: Args, *minibatch: Tensor) -> tuple[Tensor, ...]:
-    """The loss of one minibatch, and the metrics that belong to it."""
-    observations, actions, log_probs, values, advantages, returns = minibatch
-    policy, new_values = agent.policy(observations), agent.value(observations)
-    if args.norm_adv:
-        advantages = nn.functional.layer_norm(advantages, advantages.shape, eps=1e-8)
-    log_ratio = policy.log_prob(actions) - log_probs
-    ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-    errors = (new_values - returns).square()
-    if args.clip_vloss:
-        changes = (new_values - values).clamp(-args.clip_coef, args.clip_coef)
-        errors = torch.max(errors, (values + changes - returns).square())
-    value_loss, entropy = 0.5 * errors.mean(), policy.entropy().mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
-    clipfrac = (ratio != clipped_ratio).float().mean()
-    return loss, policy_loss, value_loss, entropy, approx_kl, clipfrac
-
-
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """One iteration's learning from one batch; returns its metrics."""
     observations, actions, values, advantages, returns = estimate(agent, batch, args)
@@ -259,6 +236,28 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
     means = torch.stack(metrics).mean(0).tolist()
     return dict(zip(names, means)) | {"explained_variance": 1 - unexplained.item()}
+
+
+def losses(agent: Agent, args: Args, *minibatch: Tensor) -> tuple[Tensor, ...]:
+    """The loss of one minibatch, and the metrics that belong to it."""
+    observations, actions, log_probs, values, advantages, returns = minibatch
+    policy = agent.policy(observations)
+    if args.norm_adv:
+        advantages = nn.functional.layer_norm(advantages, advantages.shape, eps=1e-8)
+    log_ratio = policy.log_prob(actions) - log_probs
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    new_values = agent.value(observations)
+    errors = (new_values - returns).square()
+    if args.clip_vloss:
+        changes = (new_values - values).clamp(-args.clip_coef, args.clip_coef)
+        errors = torch.max(errors, (values + changes - returns).square())
+    value_loss, entropy = 0.5 * errors.mean(), policy.entropy().mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+    clipfrac = (ratio != clipped_ratio).float().mean()
+    return loss, policy_loss, value_loss, entropy, approx_kl, clipfrac
 
 
 def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) -> float:
@@ -430,7 +429,8 @@ def train(args: Args) -> float:
                 attempt(run.log, metrics, step=global_step)
             if stopped or global_step >= total or iteration % args.checkpoint_interval == 0:
                 save(run_dir)
-        progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
+        if batch.episodes:
+            progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
         progress.update(steps)
     progress.close()
     envs.close()

@@ -1,11 +1,8 @@
 """REINFORCE (Williams 1992, https://doi.org/10.1007/BF00992696): the score-function gradient.
 
 Whole episodes, each action's log-probability weighted by the rewards that follow it:
-
     grad J ~ E[sum_t grad log pi(a_t|s_t) R_t],    R_t = sum_(t' >= t) gamma^(t' - t) r_t'
-
 For gamma = 1 they are equal; for less, a factor gamma^t is dropped from R_t, as all practice does.
-
 Run: python reinforce.py --env-id CartPole-v1
 """
 
@@ -388,7 +385,8 @@ def train(args: Args) -> float:
                 attempt(run.log, metrics, step=global_step)
             if stopped or global_step >= total or iteration % args.checkpoint_interval == 0:
                 save(run_dir)
-        progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
+        if batch.episodes:
+            progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
         progress.update(steps)
     progress.close()
     envs.close()

@@ -1,11 +1,8 @@
 """Trust Region Policy Optimization (Schulman et al. 2015, https://arxiv.org/abs/1502.05477).
 
 VPG + a bound on how far one step may move the policy, in nats and not in parameters:
-
     max_theta E[pi_theta(a|s) / pi_old(a|s) A]    such that    E[KL(pi_old || pi_theta)] <= delta
-
 solved by x = F^-1 g with conjugate gradients, then a step along x, halved until the bound holds.
-
 Run: python trpo.py --env-id CartPole-v1
 """
 
@@ -456,7 +453,8 @@ def train(args: Args) -> float:
                 attempt(run.log, metrics, step=global_step)
             if stopped or global_step >= total or iteration % args.checkpoint_interval == 0:
                 save(run_dir)
-        progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
+        if batch.episodes:
+            progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
         progress.update(steps)
     progress.close()
     envs.close()

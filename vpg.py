@@ -1,9 +1,7 @@
 """Vanilla policy gradient: REINFORCE + a learned V(s) (https://arxiv.org/abs/1506.02438).
 
 V is a baseline, which lowers the variance, and stands in for what follows a rollout cut anywhere:
-
     grad J ~ E[sum_t grad log pi(a_t|s_t) A_t],    A_t = sum_l (gamma lambda)^l delta_(t+l)
-
 Run: python vpg.py --env-id CartPole-v1
 """
 
@@ -398,7 +396,8 @@ def train(args: Args) -> float:
                 attempt(run.log, metrics, step=global_step)
             if stopped or global_step >= total or iteration % args.checkpoint_interval == 0:
                 save(run_dir)
-        progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
+        if batch.episodes:
+            progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
         progress.update(steps)
     progress.close()
     envs.close()
