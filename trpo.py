@@ -324,9 +324,8 @@ def load_checkpoint(path: str) -> dict:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])
-        return checkpoint | {
-            "run": (file.parent, checkpoint["global_step"], checkpoint["log_size"])
-        }
+        checkpoint["run"] = file.parent, checkpoint["global_step"], checkpoint["log_size"]
+        return checkpoint
     except Exception as error:
         raise ValueError(f"--resume {path}: no checkpoint of {__file__}: {error}") from error
 
