@@ -108,13 +108,22 @@ class Agent(nn.Module):
         self.discrete, self.shape = isinstance(space, gym.spaces.Discrete), space.shape
         self.device = args.device
         self.normalize: nn.Module = nn.Identity()
-        if args.normalize_observations:  # by the mean over rollouts of each one's mean and variance
+        if args.normalize_observations:  # by the mean and the variance over all rollouts
             norm = nn.BatchNorm1d(num_inputs, eps=1e-8, momentum=None, affine=False)
             self.normalize = nn.Sequential(norm, nn.Hardtanh(-10, 10)).eval()
         self.actor = mlp(num_inputs, int(space.n) if self.discrete else math.prod(self.shape), 0.01)
         if not self.discrete:
             self.actor.log_std = self.log_std = nn.Parameter(torch.zeros(self.shape))  # actor's
         self.critic = mlp(num_inputs, 1, 1.0)
+
+    def observe(self, observations: np.ndarray) -> None:
+        """Takes a rollout's (T, N, D) float32 observations into the running statistics."""
+        mean, variance, count = self.normalize.buffers()
+        old_mean = mean.clone()
+        self.normalize.train()(torch.as_tensor(observations, device=self.device).flatten(0, 1))
+        self.normalize.eval()
+        # BatchNorm1d averages the variances within rollouts; this is that between their means.
+        variance += (count - 1) * (mean - old_mean).square()
 
     def policy(self, observations: Tensor) -> Distribution:
         """The distribution of the actions at each of (M, D) float32 observations."""
@@ -397,9 +406,8 @@ def train(args: Args) -> float:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * remaining
         batch = next(batches)
         losses = update(agent, optimizers, batch, args)
-        observations = torch.as_tensor(batch.observations, device=args.device)
-        agent.normalize.train()(observations.flatten(0, 1))
-        agent.normalize.eval()
+        if args.normalize_observations:
+            agent.observe(batch.observations)
         sums = {"observations": batch.observations.sum(), "rewards": batch.rewards.sum()}
         sums |= losses | {"steps": batch.valid.sum(), "interrupts": len(interrupts)}
         everyone = torch.tensor([float(x) for x in sums.values()], device=args.device)
