@@ -236,6 +236,8 @@ def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) 
         observations, rewards, *ends, _ = envs.step(act(agent, observations, greedy))
         returns += rewards * running
         running &= ~(ends[0] | ends[1])
+        if interrupts:
+            raise KeyboardInterrupt("what was trained is in the checkpoint")
         if not running.any():
             break
     envs.close()
@@ -255,8 +257,9 @@ def check(args: Args) -> None:
         raise ValueError(f"--num-minibatches {num_minibatches}: must divide {size} steps a rollout")
     if args.capture_video and not find_spec("moviepy"):
         raise ValueError("--capture-video True: needs moviepy, `pip install moviepy`")
-    if "cuda" in args.device and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch finds no GPU here, --device cpu works")
+    device = getattr(torch, args.device.split(":")[0], None)
+    if not (hasattr(device, "is_available") and device.is_available()):
+        raise ValueError(f"--device {args.device}: PyTorch finds none here, --device cpu works")
 
 
 def load_checkpoint(path: str) -> dict:

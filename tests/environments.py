@@ -161,6 +161,7 @@ gym.register("Layered-v0", vector_entry_point=Tabular, kwargs=MDP)
 gym.register("Stopping-v0", vector_entry_point=Tabular, kwargs=MDP | {"stop": 0.3})
 gym.register("SameStep-v0", vector_entry_point=SameStep, kwargs=MDP)
 gym.register("Scripted-v0", Scripted)
+gym.register("my/Scripted-v0", Scripted)
 gym.register("Echo-v0", Echo)
 OBSERVATIONS = {
     "Discrete": Discrete(3),

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,7 @@ each = pytest.mark.parametrize("script", LADDER)
 def started(script, folder, monkeypatch, **wanted):
     """The folder and the arguments of a run that is trained to its end."""
     monkeypatch.chdir(folder)
-    args = arguments(script, "CartPole-v1", **{"total_timesteps": 600} | SMALL | wanted)
+    args = arguments(script, **{"env_id": "CartPole-v1", "total_timesteps": 600} | SMALL | wanted)
     script.train(args)
     (run_dir,) = Path("runs").iterdir()
     return run_dir, args
@@ -190,13 +192,43 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_command_to_resume(tmp_path):
     assert ppo.load_checkpoint(str(run_dir))["args"]["num_envs"] == 2, "the run's own argument"
 
 
-def test_missing_moviepy_is_told_before_the_run(tmp_path, monkeypatch):
+def test_a_run_is_filmed_before_and_after_training(tmp_path, monkeypatch):
+    from moviepy import VideoFileClip
+
+    run_dir, _ = started(ppo, tmp_path, monkeypatch, capture_video=True, eval_episodes=1)
+    greedy = json.loads((run_dir / "evaluation.json").read_text())["greedy"]
+    frames = {}
+    for path in run_dir.glob("videos/*/*.mp4"):
+        with VideoFileClip(str(path)) as clip:
+            frames[int(path.parent.name)] = clip.n_frames
+            first, last = (clip.get_frame(time) for time in (0, clip.duration - 1 / clip.fps))
+        assert first.shape == (400, 600, 3) and np.abs(first - 1.0 * last).max() > 99, "it moves"
+    assert frames.keys() == {0, steps(run_dir)[-1]}
+    assert frames[0] >= 9 and frames[steps(run_dir)[-1]] == greedy + 1, "reset and each step"
+
+
+@pytest.mark.parametrize("module", ["moviepy", "pygame"])
+def test_what_filming_lacks_is_told_before_training(module, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(module)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "moviepy", None)
-    monkeypatch.setattr(ppo, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--capture-video True"):
+    with pytest.raises((ValueError, gym.error.DependencyNotInstalled), match=f"{module}.*install"):
         ppo.train(ppo.Args(capture_video=True))
-    assert not any(tmp_path.iterdir())
+    assert not list(tmp_path.glob("runs/*/metrics.csv"))
+
+
+@pytest.mark.parametrize("env_id", ["my/Scripted-v0", "environments:Scripted-v0"])
+def test_a_run_in_a_thread_of_an_environment_with_a_long_name_resumes(
+    env_id, tmp_path, monkeypatch
+):
+    with ThreadPoolExecutor(1) as thread:
+        job = thread.submit(started, ppo, tmp_path, monkeypatch, env_id=env_id)
+        run_dir, args = job.result()
+        assert run_dir.parent == Path("runs") and "Scripted-v0__ppo__1__" in run_dir.name
+        args = replace(args, resume=str(run_dir), total_timesteps=1200)
+        thread.submit(ppo.train, args).result()
+    assert steps(run_dir)[-1] >= 1200
 
 
 def test_unknown_and_uninstalled_environments_say_what_would_do():

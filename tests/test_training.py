@@ -4,6 +4,8 @@ import pytest
 import torch
 from environments import CRITICS, LADDER, REFUSED, arguments, metrics
 
+import ppo
+
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 1024, "eval_episodes": 2}
 STEPS = {"reinforce": 90_000, "vpg": 30_000, "trpo": 40_000, "ppo": 20_000}
 
@@ -37,6 +39,15 @@ def test_one_seed_decides_everything(script, env_id, tmp_path, monkeypatch):
     assert one != run(script, tmp_path / "seed", monkeypatch, **wanted, seed=2)
 
 
+@pytest.mark.parametrize("env_id, other", [("Acrobot-v1", None), ("CartPole-v1", "sync")])
+def test_environments_in_processes_of_their_own_change_nothing(
+    env_id, other, tmp_path, monkeypatch
+):
+    """None is sync for Acrobot; CartPole's own vectorized environment draws other numbers."""
+    one = run(ppo, tmp_path / "async", monkeypatch, env_id=env_id, vectorization_mode="async")
+    assert one == run(ppo, tmp_path / "one", monkeypatch, env_id=env_id, vectorization_mode=other)
+
+
 @each
 def test_kernel_and_reference_train_alike(script, tmp_path, monkeypatch):
     assert script.compute_gae is not script.compute_gae_python
@@ -54,9 +65,16 @@ def test_kernel_and_reference_train_alike(script, tmp_path, monkeypatch):
         ("num_envs", 0),
         ("num_envs", -3),
         pytest.param("device", "cuda", marks=no_gpu),
+        pytest.param("device", "cuda:1", marks=no_gpu),
+        ("device", "gpu"),
+        ("device", ""),
         ("gamma", 1.5),
+        ("gamma", -0.1),
         ("gamma", float("nan")),
         ("max_grad_norm", -1.0),
+        ("checkpoint_interval", 0),
+        ("vectorization_mode", "fast"),
+        ("resume", "nowhere"),
         ("eval_episodes", 0),
         ("seed", -1),
     ]
@@ -75,7 +93,10 @@ def refused(script, name, value, tmp_path, monkeypatch, **wanted):
 
 
 @pytest.mark.parametrize("script", CRITICS)
-@pytest.mark.parametrize("name, value", [("gae_lambda", 1.01), ("num_steps", 0)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("gae_lambda", 1.01), ("gae_lambda", float("nan")), ("num_steps", 0), ("num_steps", -8)],
+)
 def test_so_are_arguments_of_the_critic(script, name, value, tmp_path, monkeypatch):
     refused(script, name, value, tmp_path, monkeypatch)
 
@@ -85,7 +106,18 @@ def test_so_is_less_than_a_rollout(script, tmp_path, monkeypatch):
     refused(script, "total_timesteps", 1023, tmp_path, monkeypatch, num_envs=8, num_steps=128)
 
 
-@pytest.mark.parametrize("name, value", [("num_minibatches", 3), ("clip_coef", -0.1)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_minibatches", 3),
+        ("num_minibatches", 2048),
+        ("num_minibatches", 0),
+        ("clip_coef", -0.1),
+        ("learning_rate", float("nan")),
+        ("learning_rate", -1e-3),
+        ("target_kl", float("nan")),
+    ],
+)
 def test_so_are_arguments_of_ppo(name, value, tmp_path, monkeypatch):
     refused(LADDER[-1], name, value, tmp_path, monkeypatch)
 
