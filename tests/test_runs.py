@@ -1,6 +1,7 @@
 """A run's record is whole whenever it ends, and it goes on from there."""
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -136,12 +137,19 @@ def test_a_nan_stops_the_run_before_it_is_saved(script, quantity, tmp_path, monk
     script.load_checkpoint(str(run_dir))
 
 
-def killed(args, seconds):
-    """Trains in a fork of this warm process, which SIGKILL ends some time after it began."""
+def forked(args):
+    """Trains in a fork of this warm process; returns its id."""
+    import torch._dynamo  # noqa: F401, or an optimizer would import it, for seconds, in each fork
+
     if (child := os.fork()) == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
         ppo.train(args)
         os._exit(0)
+    return child
+
+
+def killed(args, seconds):
+    child = forked(args)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -149,8 +157,6 @@ def killed(args, seconds):
 
 def kill_runs(times, folder):
     """Kills one run at `times` random instants; it must resume and lose at most an interval."""
-    import torch._dynamo  # noqa: F401, or an optimizer would import it, for seconds, in each fork
-
     os.chdir(folder)
     random.seed(times)
     args = ppo.Args(**SMALL | {"total_timesteps": 10**7}, **NORMALIZED)
@@ -173,6 +179,57 @@ def kill_runs(times, folder):
 def test_a_killed_run_resumes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kill_runs(4, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "owner, name, nth, when, half_written",
+    [
+        (Path, "mkdir", 0, "after", ""),
+        (Path, "write_text", 0, "after", "args.json"),
+        (torch, "save", 0, "after", "checkpoint.tmp"),
+        (Path, "rename", 0, "before", ""),
+        (Path, "rename", 0, "after", ""),
+        (ppo, "update", 1, "before", "metrics.csv"),
+        (torch, "save", 1, "after", "checkpoint.tmp"),
+        (os, "replace", 1, "before", ""),
+        (os, "replace", 1, "after", ""),
+        (ppo, "update", 3, "before", "metrics.csv"),
+        (ppo, "update", 3, "before", ""),
+        (torch, "save", 3, "after", "checkpoint.tmp"),
+        (Path, "write_text", 1, "after", "evaluation.tmp"),
+        (os, "replace", 4, "before", ""),
+    ],
+)
+def test_a_run_killed_at_the_worst_instant_goes_on(
+    owner, name, nth, when, half_written, tmp_path, monkeypatch
+):
+    """Before or after the nth call of a function, the end of a file not yet on the disk."""
+    monkeypatch.chdir(tmp_path)
+    args, call = ppo.Args(**SMALL | {"total_timesteps": 600}), getattr(owner, name)
+    calls = itertools.count()
+
+    def deadly(*args, **kwargs):
+        if next(calls) != nth:
+            return call(*args, **kwargs)
+        if when == "after":
+            call(*args, **kwargs)
+        if half_written:
+            (path,) = Path("runs").glob(f"*/{half_written}")
+            os.truncate(path, max(0, path.stat().st_size - 9))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, deadly)
+        assert os.WTERMSIG(os.waitpid(forked(args), 0)[1]) == signal.SIGKILL
+    runs = [path for path in Path("runs").iterdir() if path.suffix != ".new"]
+    assert len(runs) == (nth > 0 or (name, when) == ("rename", "after"))
+    ppo.train(replace(args, resume=str(runs[0]) if runs else None))
+    (run_dir,) = (path for path in Path("runs").iterdir() if path.suffix != ".new")
+    names = {"args.json", "checkpoint.pt", "evaluation.json", "metrics.csv"}
+    assert {file.name for file in run_dir.iterdir()} == names
+    rollout = args.num_envs * args.num_steps  # of which no more than half are resets
+    assert all(rollout / 2 <= taken <= rollout for taken in np.diff([0, *steps(run_dir)]))
+    assert steps(run_dir)[-1] == ppo.load_checkpoint(str(run_dir))["global_step"] >= 600
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_the_command_to_resume(tmp_path):
