@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -137,19 +138,22 @@ def test_a_nan_stops_the_run_before_it_is_saved(script, quantity, tmp_path, monk
     script.load_checkpoint(str(run_dir))
 
 
-def forked(args):
-    """Trains in a fork of this warm process; returns its id."""
+def forked(work):
+    """Does work in a fork of this warm process; returns its id."""
     import torch._dynamo  # noqa: F401, or an optimizer would import it, for seconds, in each fork
 
     if (child := os.fork()) == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
-        ppo.train(args)
-        os._exit(0)
+        os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT), 1), os.dup2(1, 2)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
     return child
 
 
 def killed(args, seconds):
-    child = forked(args)
+    child = forked(lambda: ppo.train(args))
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -220,7 +224,7 @@ def test_a_run_killed_at_the_worst_instant_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, deadly)
-        assert os.WTERMSIG(os.waitpid(forked(args), 0)[1]) == signal.SIGKILL
+        assert os.WTERMSIG(os.waitpid(forked(lambda: ppo.train(args)), 0)[1]) == signal.SIGKILL
     runs = [path for path in Path("runs").iterdir() if path.suffix != ".new"]
     assert len(runs) == (nth > 0 or (name, when) == ("rename", "after"))
     ppo.train(replace(args, resume=str(runs[0]) if runs else None))
@@ -247,6 +251,31 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_command_to_resume(tmp_path):
     subprocess.run([*command[:2], *flags], cwd=tmp_path, check=True, stdout=subprocess.PIPE)
     assert (run_dir / "evaluation.json").exists()
     assert ppo.load_checkpoint(str(run_dir))["args"]["num_envs"] == 2, "the run's own argument"
+
+
+@pytest.mark.parametrize("nth, total_timesteps", [(0, 10**7), (1, 600)])
+def test_ctrl_c_while_starting_or_evaluating_ends_soon(nth, total_timesteps, tmp_path, monkeypatch):
+    """The first environments made are those to train in, the next those to evaluate in."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--total-timesteps", str(total_timesteps), "--num-envs", "2", "--num-steps", "64"]
+    monkeypatch.setattr(sys, "argv", [ppo.__file__, *flags])
+    calls, make_vec = itertools.count(), gym.make_vec
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == nth:
+            os.kill(os.getpid(), signal.SIGINT)
+        return make_vec(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gym, "make_vec", interrupted)
+        child = forked(lambda: runpy.run_path(ppo.__file__, run_name="__main__"))
+        assert os.waitpid(child, 0)[1] == (256 if nth else 0), Path("log.txt").read_text()
+    (run_dir,) = Path("runs").iterdir()
+    assert len(steps(run_dir)) == (5 if nth else 1)
+    assert ppo.load_checkpoint(str(run_dir))["global_step"] == steps(run_dir)[-1]
+    assert not (run_dir / "evaluation.json").exists()
+    ppo.train(ppo.Args(**SMALL | {"total_timesteps": 600}, resume=str(run_dir)))
+    assert len(steps(run_dir)) == 5 and (run_dir / "evaluation.json").exists()
 
 
 def test_a_run_is_filmed_before_and_after_training(tmp_path, monkeypatch):
