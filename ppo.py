@@ -16,6 +16,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 
 import gymnasium as gym
 import numpy as np
@@ -301,7 +302,7 @@ def check(args: Args) -> None:
         raise ValueError(f"--num-minibatches {num_minibatches}: must divide {size} steps a rollout")
     if args.capture_video and not find_spec("moviepy"):
         raise ValueError("--capture-video True: needs moviepy, `pip install moviepy`")
-    device = getattr(torch, args.device.split(":")[0], None)
+    device = getattr(torch, args.device.split(":")[0], object)
     if not (hasattr(device, "is_available") and device.is_available()):
         raise ValueError(f"--device {args.device}: PyTorch finds none here, --device cpu works")
 
@@ -319,26 +320,32 @@ def load_checkpoint(path: str) -> dict:
 
 
 def attempt(call, *args, **kwargs):
-    """Calls W&B, whose failures cost a line of warning and never the training."""
+    """Calls W&B, whose failures cost a warning, its silence a minute, and none the training."""
+    kill = f"pkill -KILL -P {os.getpid()} wandb-core"  # its service, which ends all waiting for it
+    (watchdog := Timer(60, os.system, [kill])).start()
     try:
         return call(*args, **kwargs)
     except Exception as error:
         print(f"Warning: W&B: {error!r:.300}")
+        return False
+    finally:
+        watchdog.cancel()
 
 
-def start_wandb(args: Args, run_dir: Path, mode: str | None = None):
+def start_wandb(args: Args, run_dir: Path):
     """The W&B run of a run folder; that of a resumed one goes on."""
     # Left alone, the client waits minutes to start and forever to finish on a silent server.
     for setting in "INIT_TIMEOUT=10 FINISH_TIMEOUT=30 ERROR_REPORTING=false QUIET=true".split():
         os.environ.setdefault(*f"WANDB_{setting}".split("="))
     import wandb
 
-    if mode:
-        attempt(wandb.teardown)  # a failed start keeps the run's id taken
     names: dict = {"project": args.wandb_project_name, "entity": args.wandb_entity}
     names |= {"group": args.wandb_group, "id": run_dir.name, "name": run_dir.name}
-    settings: dict = {"dir": run_dir, "resume": "allow", "reinit": "create_new", "mode": mode}
-    run = wandb.init(**names, **settings, config=vars(args))
+    settings: dict = {"dir": run_dir, "resume": "allow", "reinit": "create_new"}
+    settings["config"] = vars(args)
+    if not (run := attempt(wandb.init, **names, **settings)):
+        attempt(wandb.teardown)  # a failed start keeps the run's id taken
+        run = wandb.init(**names, **settings, mode="offline")
     run.save(shutil.copy(__file__, run_dir), base_path=run_dir, policy="now")
     if run.offline:
         print(f"W&B is offline; to upload the run later: wandb sync {run_dir}/wandb")
@@ -395,7 +402,7 @@ def train(args: Args) -> float:
         folder.rename(run_dir)
     run = None
     if args.track and rank == 0:
-        run = attempt(start_wandb, args, run_dir) or attempt(start_wandb, args, run_dir, "offline")
+        run = attempt(start_wandb, args, run_dir)
     if rank == 0:
         print(f"{run_dir}: {compute_gae.__name__} of {compute_gae.__module__} on {args.device}")
     if args.capture_video and rank == 0:  # untrained, which shows at once what filming lacks
@@ -435,8 +442,8 @@ def train(args: Args) -> float:
                 rows = [metrics.values()] if log_size else [metrics, metrics.values()]
                 file.writelines(",".join(map(str, row)) + "\n" for row in rows)
                 log_size = file.tell()
-            if run:
-                attempt(run.log, metrics, step=global_step)
+            if run and attempt(run.log, metrics, step=global_step) is False:
+                run = None  # its service is gone
             if stopped or global_step >= total or iteration % args.checkpoint_interval == 0:
                 save(run_dir)
         if batch.episodes:

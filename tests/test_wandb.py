@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import ppo
+
 SCRIPT = Path(__file__).resolve().parents[1] / "ppo.py"
 SMALL = ["--num-envs", "2", "--num-steps", "64", "--eval-episodes", "2"]
 FLAGS = [
@@ -125,20 +127,37 @@ def test_online_run_resumes_with_each_step_once(tmp_path, server):
     assert [row["_step"] for row in rows if "global_step" in row] == metrics_steps(run_dir)
 
 
-def test_dead_client_costs_a_warning_and_the_next_run_is_well(tmp_path):
+@pytest.mark.parametrize("signal", ["KILL", "STOP"])
+def test_dead_client_costs_a_warning_and_the_next_run_is_well(signal, tmp_path):
+    """Nor does one that no longer reads, once the pipe to it is full; here a minute is 2 s."""
     code = f"""
-import os, subprocess, {SCRIPT.stem} as script
-def kill_then_attempt(call, *args, **kwargs):
+import os, subprocess, threading, time, {SCRIPT.stem} as script
+start = time.monotonic()
+def strike_then_attempt(call, *args, **kwargs):
     if call.__name__ == "log":  # wandb-core is the client's own child process
-        subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"])
+        subprocess.run(["pkill", "-{signal}", "-P", str(os.getpid()), "wandb-core"])
+        args = ({{**args[0], "long": "x" * 10**6}},)
+        script.Timer = lambda seconds, *rest: threading.Timer(seconds / 30, *rest)
     return attempt(call, *args, **kwargs)
-attempt, script.attempt = script.attempt, kill_then_attempt
+attempt, script.attempt = script.attempt, strike_then_attempt
 small = dict(num_envs=2, num_steps=64, eval_episodes=2, total_timesteps=1024)
 script.train(script.Args(track=True, **small))
-script.attempt = attempt
+assert time.monotonic() - start < 30
+script.attempt, script.Timer = attempt, threading.Timer
 script.train(script.Args(track=True, **small, exp_name="second"))
 """
     output, _ = run_script(tmp_path, "-c", code, WANDB_MODE="offline")
     first, second = sorted(tmp_path.glob("runs/*"))
-    assert "Warning: W&B:" in output and metrics_steps(first) == metrics_steps(second)
-    assert wandb_steps(second) == metrics_steps(second)
+    told = output.split("Mean return")[0]
+    assert told.count("W&B is offline") == told.count("Warning: W&B: Conn") == 1, output
+    assert metrics_steps(first) == metrics_steps(second) == wandb_steps(second) != []
+
+
+def test_absent_client_costs_one_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    small = {"num_envs": 2, "num_steps": 64, "eval_episodes": 2, "total_timesteps": 300}
+    ppo.train(ppo.Args(track=True, **small))
+    assert capsys.readouterr().out.count("Warning: W&B: ModuleNotFoundError") == 1
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert (run_dir / "evaluation.json").exists() and len(metrics_steps(run_dir)) == 3
