@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,9 +40,9 @@ def torch_loop(rewards, values, terminations, truncations, gamma, gae_lambda):
     return advantages.numpy(), (advantages + values[:-1]).numpy()
 
 
-def timed_run(args: ppo.Args, gae: Callable) -> Counter:
+def timed_run(args: ppo.Args, gae: Callable) -> dict[str, float]:
     """Seconds of each part and of the whole training, without evaluation; rollouts and steps."""
-    seconds: Counter = Counter()
+    seconds: dict[str, float] = defaultdict(float)
 
     def timed(part: str, call: Callable) -> Callable:
         def timed_call(*arguments):
@@ -75,7 +75,7 @@ def timed_run(args: ppo.Args, gae: Callable) -> Counter:
     return seconds
 
 
-def median(results: list[Counter], part: str, unit: str) -> float:
+def median(results: list[dict[str, float]], part: str, unit: str) -> float:
     return statistics.median(result[part] / result[unit] for result in results)
 
 
@@ -89,43 +89,37 @@ def main(args: ppo.Args) -> None:
         "CleanRL's": (cleanrl, ORIGINAL["compute_gae"]),
     }
     timed_run(args, ORIGINAL["compute_gae"])  # warms up
-    runs: dict[str, list[Counter]] = {name: [] for name in kinds}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     for _ in range(3):
         for name, kind in kinds.items():
             runs[name].append(timed_run(*kind))
     shape = f"{args.num_steps} steps of {args.num_envs} environments"
     lines = ["# Where the time of a training run goes", ""]
-    lines += [
-        f"`{shlex.join(['ppo.py', *sys.argv[1:]])}`, one thread; medians of 3 runs of {args.total_timesteps:,} steps"
-    ]
+    command, steps = shlex.join(["ppo.py", *sys.argv[1:]]), f"{args.total_timesteps:,} steps"
+    lines += [f"`{command}`, one thread; medians of 3 runs of {steps}"]
     lines += ["(`benchmarks/gae_share.py`). Microseconds a step of one environment (share of all):"]
-    lines += [
-        "",
-        "| hyperparameters | acting | environment step | update | of which GAE | other | all |",
-    ]
+    parts = "acting | environment step | update | of which GAE | other | all"
+    lines += ["", f"| hyperparameters | {parts} |"]
     lines += ["|---|---|---|---|---|---|---|"]
     given = "these" if sys.argv[1:] else "defaults"
     for title, name in ((given, "kernel (Rust)"), (f"CleanRL's: `{CLEANRL}`", "CleanRL's")):
         cells = []
         for part in ("act", "step", "update", "gae", "other", "total"):
-            share = f" ({median(runs[name], part, 'total'):.{2 * (part == 'gae')}%})"
-            cells.append(
-                f"{1e6 * median(runs[name], part, 'steps'):.{1 + (part == 'gae')}f}{share}"
-            )
+            time_a_step = 1e6 * median(runs[name], part, "steps")
+            share, gae = median(runs[name], part, "total"), part == "gae"
+            cells.append(f"{time_a_step:.{1 + gae}f} ({share:.{2 * gae}%})")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "acting: `act`, from observations to actions. environment step: `envs.step`, with",
-    ]
+    lines += [""]
+    lines += ["acting: `act`, from observations to actions. environment step: `envs.step`, with"]
     lines += ["its wrappers. update: `update`, with values, GAE, epochs of minibatches. other:"]
     lines += ["stacking rollouts, metrics, checkpoints, the progress bar.", ""]
     lines += [f"GAE with {given}, rollouts of {shape}, by what computes it:", ""]
     lines += ["| GAE by | ms a rollout | share of training | training, s |", "|---|---|---|---|"]
     for name in list(kinds)[:3]:
         milliseconds = 1e3 * median(runs[name], "gae", "rollouts")
-        share = median(runs[name], "gae", "total")
         total = statistics.median(result["total"] for result in runs[name])
-        lines.append(f"| {name} | {milliseconds:.3f} | {share:.2%} | {total:.2f} |")
+        ratio = median(runs[name], "gae", "total")
+        lines.append(f"| {name} | {milliseconds:.3f} | {ratio:.2%} | {total:.2f} |")
     lines += ["", f"{machine}."]
     (RESULTS / "gae_share.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

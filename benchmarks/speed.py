@@ -44,9 +44,11 @@ NOTES = """
 - All take gymnasium's CartPole-v1 in a SyncVectorEnv (Stable-Baselines3 in its DummyVecEnv) but in
   rows that name another: "vector CartPole" is gymnasium's, all environments at once in NumPy, which
   our scripts take by default; "Rust CartPole" is rlox's own, which it takes by default.
-- PPO: CleanRL's hyperparameters. rlox reads its losses back after every minibatch. TorchRL has no
+- PPO: CleanRL's hyperparameters. Stable-Baselines3 takes the clipped value loss, not the larger
+  of it and the other. rlox reads its losses back after every minibatch. TorchRL has no
   such script: its collector, GAE and loss in a plain loop (benchmarks/peers.py), torch's weights.
-- TRPO: sb3-contrib's hyperparameters, but its line search shortens a step by 0.8, ours by 0.5.
+- TRPO: sb3-contrib's hyperparameters, but its line search shortens a step by 0.8, ours by 0.5,
+  and ours clips the value network's gradient.
 - VPG: vpg.py's hyperparameters without annealing, which rlox does not have. Its value loss is twice
   ours, its Adam has eps 1e-8.
 """
@@ -87,41 +89,34 @@ def about(*packages: str) -> str:
     )
 
 
-def programs(options: Options) -> dict[str, list[str]]:
-    """Command lines by name; every peer's stands after ours, in bold, which it is compared with."""
-    steps = str(-(-options.total_timesteps // 1024) * 1024)  # whole rollouts of all programs
+def ours(script: str, flags: str, steps: int) -> list[str]:
+    flags += f" --total-timesteps {steps} --eval-episodes 1"
+    return [str(ROOT / script), *flags.split()]
 
-    def ours(name: str, *flags: str) -> list[str]:
-        flags = " ".join(flags).split()
-        return [str(ROOT / name), *flags, "--total-timesteps", steps, "--eval-episodes", "1"]
+
+def programs(cleanrl: Path | None, steps: int) -> dict[str, list[str]]:
+    """Command lines by name; every peer's stands after ours, in bold, which it is compared with."""
 
     def peer(name: str) -> list[str]:
-        return [str(ROOT / "benchmarks" / "peers.py"), name, steps]
+        return [str(ROOT / "benchmarks" / "peers.py"), name, str(steps)]
 
-    vector = "--vectorization-mode vector_entry_point"
-    commands = {"**ppo.py**": ours("ppo.py", CLEANRL)}
-    commands["ppo.py, vector CartPole"] = ours("ppo.py", CLEANRL, vector)
-    if options.cleanrl:
-        script = str(options.cleanrl.resolve())
-        commands["CleanRL ppo.py"] = [script, "--no-cuda", "--total-timesteps", steps]
+    vector = CLEANRL.replace("sync", "vector_entry_point")
+    commands = {"**ppo.py**": ours("ppo.py", CLEANRL, steps)}
+    commands["ppo.py, vector CartPole"] = ours("ppo.py", vector, steps)
+    if cleanrl:
+        flags = ["--no-cuda", "--total-timesteps", str(steps)]
+        commands["CleanRL ppo.py"] = [str(cleanrl.resolve()), *flags]
     return commands | {
         "Stable-Baselines3 PPO": peer("sb3_ppo"),
         "rlox PPO": peer("rlox_ppo"),
         "rlox PPO, Rust CartPole": peer("rlox_ppo_rust"),
         "TorchRL PPO": peer("torchrl_ppo"),
-        "**trpo.py**": ours("trpo.py", TRPO),
+        "**trpo.py**": ours("trpo.py", TRPO, steps),
         "sb3-contrib TRPO": peer("sb3_trpo"),
-        "**vpg.py**": ours("vpg.py", VPG),
+        "**vpg.py**": ours("vpg.py", VPG, steps),
         "rlox VPG": peer("rlox_vpg"),
         "rlox VPG, Rust CartPole": peer("rlox_vpg_rust"),
     }
-
-
-def long_programs(options: Options) -> dict[str, list[str]]:
-    """ppo.py with and without --compile."""
-    flags = f"{CLEANRL} --eval-episodes 1 --total-timesteps {options.long_timesteps}".split()
-    command = [str(ROOT / "ppo.py"), *flags]
-    return {"**ppo.py**": command, "ppo.py --compile": [*command, "--compile"]}
 
 
 def run(command: list[str]) -> dict[str, float]:
@@ -163,9 +158,9 @@ def table(rounds: list[dict[str, dict[str, float]]], long: bool = False) -> str:
     heads = ["steps/s", *["steps/s of the last half"] * long, "process, s", "CPU, s", "memory, MiB"]
     heads += ["steps/s, ours / this", "process, this / ours", "memory, this / ours"]
     lines = ["| program | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    ours = ""
+    base = ""
     for name in rounds[0]:
-        ours = name if name.startswith("**") else ours
+        base = name if name.startswith("**") else base
         cells = []
         for key in keys:
             values = sorted(one[name][key] for one in rounds)
@@ -173,7 +168,7 @@ def table(rounds: list[dict[str, dict[str, float]]], long: bool = False) -> str:
             spread = f" [{values[0]:{form}}, {values[-1]:{form}}]" if key == "sps" else ""
             cells.append(f"{statistics.median(values):{form}}{spread}")
         for key in ("sps", "seconds", "memory"):
-            ratios = (one[name][key] / one[ours][key] for one in rounds)
+            ratios = (one[name][key] / one[base][key] for one in rounds)
             ratio = statistics.median(1 / x if key == "sps" else x for x in ratios)
             cells.append(f"{ratio:.2f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -197,14 +192,15 @@ def main(options: Options) -> None:
     if options.cleanrl:
         digest = hashlib.sha256(options.cleanrl.read_bytes()).hexdigest()
         peers += f"; CleanRL's ppo.py with SHA-256 {digest[:10]}"
-    commands = programs(options)
-    rounds = measure(commands, options.rounds)
-    steps = int(commands["**ppo.py**"][-3])
+    steps = -(-options.total_timesteps // 1024) * 1024  # whole rollouts of all programs
+    rounds = measure(programs(options.cleanrl, steps), options.rounds)
     torch_alone = run(["-c", TORCH_ALONE])["memory"]
     notes = NOTES.replace("TORCH", f"{torch_alone:,.0f}")
     text = f"# Training speed and memory\n\nCartPole-v1, {steps:,} steps, one thread; medians of "
     text += f"{len(rounds)} alternating rounds (`benchmarks/speed.py`).\n\n{table(rounds)}{notes}"
-    long_rounds = measure(long_programs(options), options.long_rounds)
+    command = ours("ppo.py", CLEANRL, options.long_timesteps)
+    compared = {"**ppo.py**": command, "ppo.py --compile": [*command, "--compile"]}
+    long_rounds = measure(compared, options.long_rounds)
     if long_rounds:
         text += f"\n`--compile` in a long run: {options.long_timesteps:,} steps, CleanRL's "
         text += f"hyperparameters, one thread; medians of {len(long_rounds)} alternating rounds.\n"
