@@ -4,6 +4,7 @@ python -m uv run benchmarks/recording.py
 """
 
 import fcntl
+import itertools
 import os
 import pty
 import re
@@ -78,7 +79,7 @@ def main(options: Options) -> None:
     rows = max(len(lines) for _, lines in texts)
     frames = [draw(lines, rows, options.columns) for _, lines in texts]
     times = [when for when, _ in texts] + [texts[-1][0] + 4]
-    durations = [max(20, round(1000 * (b - a))) for a, b in zip(times, times[1:])]
+    durations = [max(20, round(1000 * (b - a))) for a, b in itertools.pairwise(times)]
     first, *others = frames
     first.save(options.file, save_all=True, append_images=others, duration=durations, loop=0)
     print(f"{options.file}: {len(frames)} frames, {times[-2]:.1f} s")
