@@ -1,24 +1,31 @@
-"""What share of a whole training run is GAE: with the kernel, the NumPy reference and a torch loop.
+"""Where the time of a training run goes: acting, environments, learning, and what of it is GAE.
 
     python -m uv run benchmarks/gae_share.py [--env-id CartPole-v1] [any other argument of ppo.py]
 
-Runs ppo.py with each in turn, three times over, and writes medians to results/gae_share.md.
+Runs ppo.py with its kernel, with the NumPy reference and with a torch loop, and once more with
+CleanRL's hyperparameters, in turn, three times over; writes medians to results/gae_share.md.
+Takes a minute.
 """
 
 import contextlib
 import os
+import shlex
 import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import tyro
+from speed import CLEANRL, RESULTS, ROOT, about
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import ppo  # noqa: E402
+import ppo
+
+ORIGINAL = {name: getattr(ppo, name) for name in ("act", "update", "rollouts", "compute_gae")}
 
 
 def torch_loop(rewards, values, terminations, truncations, gamma, gae_lambda):
@@ -33,50 +40,88 @@ def torch_loop(rewards, values, terminations, truncations, gamma, gae_lambda):
     return advantages.numpy(), (advantages + values[:-1]).numpy()
 
 
-def timed_run(args: ppo.Args, gae) -> tuple[float, float, int]:
-    """Seconds of GAE and of the whole training, without evaluation, and the number of rollouts."""
-    seconds, calls = 0.0, 0
+def timed_run(args: ppo.Args, gae: Callable) -> dict[str, float]:
+    """Seconds of each part and of the whole training, without evaluation; rollouts and steps."""
+    seconds: dict[str, float] = defaultdict(float)
 
-    def timed(*arguments):
-        nonlocal seconds, calls
-        calls += 1
-        start = time.perf_counter()
-        result = gae(*arguments)
-        seconds += time.perf_counter() - start
-        return result
+    def timed(part: str, call: Callable) -> Callable:
+        def timed_call(*arguments):
+            start = time.perf_counter()
+            result = call(*arguments)
+            seconds[part] += time.perf_counter() - start
+            return result
 
-    ppo.compute_gae = timed
+        return timed_call
+
+    def rollouts(agent, envs, *rest):
+        envs.step = timed("step", envs.step)
+        return ORIGINAL["rollouts"](agent, envs, *rest)
+
+    for name in ("act", "update"):
+        setattr(ppo, name, timed(name, ORIGINAL[name]))
+    ppo.rollouts, ppo.compute_gae = rollouts, timed("gae", gae)
+    ppo.evaluate = lambda *_: 0.0  # would act and step, too
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silent:
         os.chdir(folder)
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             ppo.train(args)
         (metrics,) = Path("runs").glob("*/metrics.csv")
-        header, *_, last = metrics.read_text().splitlines()
-        row = dict(zip(header.split(","), map(float, last.split(","))))
+        header, *rows = metrics.read_text().splitlines()
+        last = dict(zip(header.split(","), map(float, rows[-1].split(","))))
         os.chdir(ROOT)
-    return seconds, row["global_step"] / row["charts/SPS"], calls
+    steps = last["global_step"]
+    seconds |= {"total": steps / last["charts/SPS"], "steps": steps, "rollouts": len(rows)}
+    seconds["other"] = seconds["total"] - sum(seconds[part] for part in ("act", "step", "update"))
+    return seconds
+
+
+def median(results: list[dict[str, float]], part: str, unit: str) -> float:
+    return statistics.median(result[part] / result[unit] for result in results)
 
 
 def main(args: ppo.Args) -> None:
-    args.eval_episodes = 1
+    machine = about()
+    cleanrl = tyro.cli(ppo.Args, args=shlex.split(CLEANRL), default=args)
     kinds = {
-        "kernel (Rust)": ppo.compute_gae,
-        "reference (NumPy)": ppo.compute_gae_python,
-        "torch loop": torch_loop,
+        "kernel (Rust)": (args, ORIGINAL["compute_gae"]),
+        "reference (NumPy)": (args, ppo.compute_gae_python),
+        "torch loop": (args, torch_loop),
+        "CleanRL's": (cleanrl, ORIGINAL["compute_gae"]),
     }
-    timed_run(args, ppo.compute_gae)  # warms up
-    runs = {name: [] for name in kinds}
+    timed_run(args, ORIGINAL["compute_gae"])  # warms up
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     for _ in range(3):
-        for name, gae in kinds.items():
-            runs[name].append(timed_run(args, gae))
+        for name, kind in kinds.items():
+            runs[name].append(timed_run(*kind))
     shape = f"{args.num_steps} steps of {args.num_envs} environments"
-    lines = [f"GAE in `ppo.py --env-id {args.env_id}`, rollouts of {shape}; medians of 3 runs:", ""]
+    lines = ["# Where the time of a training run goes", ""]
+    command, steps = shlex.join(["ppo.py", *sys.argv[1:]]), f"{args.total_timesteps:,} steps"
+    lines += [f"`{command}`, one thread; medians of 3 runs of {steps}"]
+    lines += ["(`benchmarks/gae_share.py`). Microseconds a step of one environment (share of all):"]
+    parts = "acting | environment step | update | of which GAE | other | all"
+    lines += ["", f"| hyperparameters | {parts} |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    given = "these" if sys.argv[1:] else "defaults"
+    for title, name in ((given, "kernel (Rust)"), (f"CleanRL's: `{CLEANRL}`", "CleanRL's")):
+        cells = []
+        for part in ("act", "step", "update", "gae", "other", "total"):
+            time_a_step = 1e6 * median(runs[name], part, "steps")
+            share, gae = median(runs[name], part, "total"), part == "gae"
+            cells.append(f"{time_a_step:.{1 + gae}f} ({share:.{2 * gae}%})")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += [""]
+    lines += ["acting: `act`, from observations to actions. environment step: `envs.step`, with"]
+    lines += ["its wrappers. update: `update`, with values, GAE, epochs of minibatches. other:"]
+    lines += ["stacking rollouts, metrics, checkpoints, the progress bar.", ""]
+    lines += [f"GAE with {given}, rollouts of {shape}, by what computes it:", ""]
     lines += ["| GAE by | ms a rollout | share of training | training, s |", "|---|---|---|---|"]
-    for name, results in runs.items():
-        seconds, total, rollouts = (statistics.median(column) for column in zip(*results))
-        share = f"{seconds / total:.2%}"
-        lines.append(f"| {name} | {1e3 * seconds / rollouts:.3f} | {share} | {total:.2f} |")
-    (ROOT / "benchmarks" / "results" / "gae_share.md").write_text("\n".join(lines) + "\n")
+    for name in list(kinds)[:3]:
+        milliseconds = 1e3 * median(runs[name], "gae", "rollouts")
+        total = statistics.median(result["total"] for result in runs[name])
+        ratio = median(runs[name], "gae", "total")
+        lines.append(f"| {name} | {milliseconds:.3f} | {ratio:.2%} | {total:.2f} |")
+    lines += ["", f"{machine}."]
+    (RESULTS / "gae_share.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
