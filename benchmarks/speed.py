@@ -114,6 +114,7 @@ def programs(cleanrl: Path | None, steps: int) -> dict[str, list[str]]:
         "**trpo.py**": ours("trpo.py", TRPO, steps),
         "sb3-contrib TRPO": peer("sb3_trpo"),
         "**vpg.py**": ours("vpg.py", VPG, steps),
+        "vpg.py, vector CartPole": ours("vpg.py", VPG.replace("sync", "vector_entry_point"), steps),
         "rlox VPG": peer("rlox_vpg"),
         "rlox VPG, Rust CartPole": peer("rlox_vpg_rust"),
     }
