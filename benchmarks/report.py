@@ -73,8 +73,9 @@ def collect(folder: Path) -> dict | None:
         args = json.loads(file.with_name("args.json").read_text())
         rows = list(csv.DictReader(file.with_name("metrics.csv").open()))
         steps, speed = int(rows[-1]["global_step"]), float(rows[-1]["charts/SPS"])
-        score, seconds = json.loads(file.read_text())["greedy"], round(steps / speed, 2)
-        runs.append({"seed": args["seed"], "return": score, "steps": steps, "seconds": seconds})
+        scores, seconds = json.loads(file.read_text()), round(steps / speed, 2)
+        runs.append({"seed": args["seed"], "return": scores["greedy"], "steps": steps})
+        runs[-1] |= {"sampled": scores["sampled"], "seconds": seconds}
         told = [(row["global_step"], row["charts/episodic_return"]) for row in rows]
         points = np.array(told, dtype=float)
         curves.append(points[np.isfinite(points[:, 1])])  # no episode ended in the others
@@ -103,10 +104,11 @@ def table(results: dict) -> str:
         "Written by `benchmarks/report.py` from runs of `benchmarks/suite.py`. A return is the",
         "mean over greedy episodes after training, 100 if the command does not say else. IQM is",
         "the mean of the middle half of the seeds, [low, high] a 95 % bootstrap interval over",
-        "seeds. Seconds are those of training alone, median over seeds.",
+        "seeds. Sampled is the mean with actions drawn from the policy. Seconds are those of",
+        "training alone, median over seeds.",
         "",
-        "| command | seeds | mean | IQM | lowest | goal | met by | steps | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| command | seeds | mean | IQM | lowest | goal | met by | sampled | steps | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         keys = ("return", "steps", "seconds")
@@ -120,6 +122,7 @@ def table(results: dict) -> str:
             f"| `{result['command']}` | {len(returns)} | {mean} | {middle} | {returns.min():.1f}"
             f" | {'–' if goal is None else goal}"
             f" | {'–' if goal is None else (returns >= goal).sum()}"
+            f" | {number(np.mean([run.get('sampled', np.nan) for run in result['runs']]))}"
             f" | {steps.max():,} | {np.median(seconds):.1f} |"
         )
     for name, result in results.items():
