@@ -244,7 +244,7 @@ def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) 
         envs = wrappers.RecordVideo(envs, str(video))
     observations, _ = envs.reset(seed=args.seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    for _ in range(args.total_timesteps):  # an end even where no time limit sets one
+    for _ in range(int(args.total_timesteps)):  # an end even where no time limit sets one
         observations, rewards, *ends, _ = envs.step(act(agent, observations, greedy))
         returns += rewards * running
         running &= ~(ends[0] | ends[1])

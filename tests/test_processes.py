@@ -79,7 +79,7 @@ def test_processes_hold_the_same_bits_and_count_and_stop_together(tmp_path, monk
     code = f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n" + DRIVER
     Path("driver.py").write_text(code)
     command = [*TORCHRUN, "driver.py", run_dir]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("all well") == 2
     ppo.train(ppo.Args(**small, total_timesteps=2500, resume=str(run_dir)))
