@@ -154,6 +154,8 @@ def connect(options: Options):
         local = {}
         if options.workers is not None:
             raise SystemExit(f"--workers {options.workers}: the cluster {address} decides that")
+    # A shell's background process ignores SIGINT, and so would the workers, whom it cancels.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ray.init(address, log_to_driver=False, logging_level="warning", **local)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     return ray
