@@ -367,9 +367,7 @@ def train(args: Args) -> float:
         (folder / "args.json").write_text(json.dumps(record, indent=1))
         save(folder)
         folder.rename(run_dir)
-    run = None
-    if args.track and rank == 0:
-        run = attempt(start_wandb, args, run_dir)
+    run = args.track and rank == 0 and attempt(start_wandb, args, run_dir)
     if rank == 0:
         print(f"{run_dir}: {compute_gae.__name__} of {compute_gae.__module__} on {args.device}")
     if args.capture_video and rank == 0:  # untrained, which shows at once what filming lacks
