@@ -9,15 +9,14 @@ Run: python reinforce.py --env-id CartPole-v1
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections import namedtuple
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from threading import Timer
+from queue import SimpleQueue
+from threading import Thread
 
 import gymnasium as gym
 import numpy as np
@@ -27,11 +26,9 @@ import tyro
 from gymnasium.wrappers import vector as wrappers
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
-
-try:
-    from tqdm import tqdm
-except ImportError:  # no progress bar, then
-    from unittest.mock import MagicMock as tqdm
+from torch.hub import tqdm  # or something plainer, where tqdm is not installed
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.adam import adam
 
 Distribution.set_default_validate_args(False)
 Batch = namedtuple("Batch", "observations actions rewards terminations truncations valid episodes")
@@ -97,36 +94,48 @@ class Agent(nn.Module):
     def __init__(self, envs, args: Args):
         super().__init__()
         space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
-        self.discrete, self.shape = isinstance(space, gym.spaces.Discrete), space.shape
-        self.device = args.device
-        self.normalize: nn.Module = nn.Identity()
-        if args.normalize_observations:  # by the mean and the variance over all rollouts
-            norm = nn.BatchNorm1d(num_inputs, eps=1e-8, momentum=None, affine=False)
-            self.normalize = nn.Sequential(norm, nn.Hardtanh(-10, 10)).eval()
-        self.actor = mlp(num_inputs, int(space.n) if self.discrete else math.prod(self.shape), 0.01)
+        self.discrete, self.args = isinstance(space, gym.spaces.Discrete), args
+        num_outputs = int(space.n) if self.discrete else math.prod(space.shape)
+        self.actor = mlp(num_inputs, num_outputs, 0.01)
         if not self.discrete:
-            self.actor.log_std = self.log_std = nn.Parameter(torch.zeros(self.shape))  # actor's
+            self.actor.log_std = self.log_std = nn.Parameter(torch.zeros(num_outputs))
+        self.powers: Tensor = nn.Buffer(torch.zeros(3, num_inputs, dtype=torch.float64))
+        self.statistics: Tensor = nn.Buffer(torch.tensor([[0.0], [1.0]]).repeat(1, num_inputs))
 
     def observe(self, observations: np.ndarray) -> None:
-        """Takes a rollout's (T, N, D) float32 observations into the running statistics."""
-        mean, variance, count = self.normalize.buffers()
-        old_mean = mean.clone()
-        self.normalize.train()(torch.as_tensor(observations, device=self.device).flatten(0, 1))
-        self.normalize.eval()
-        # BatchNorm1d averages the variances within rollouts; this is that between their means.
-        variance += (count - 1) * (mean - old_mean).square()
+        """Takes a rollout's (T, N, D) observations into the running mean and variance."""
+        x = torch.as_tensor(observations, dtype=torch.float64, device=self.args.device)
+        self.powers += average(torch.stack([(x**power).mean((0, 1)) for power in range(3)]))
+        mean, square = self.powers[1:] / self.powers[0]
+        self.statistics[:] = torch.stack((mean, square - mean**2))
 
-    def policy(self, observations: Tensor) -> Distribution:
-        """The distribution of the actions at each of (M, D) float32 observations."""
-        outputs = self.actor(self.normalize(observations))
+    def normalize(self, observations: np.ndarray) -> Tensor:
+        """The networks' inputs at (M, D) observations: these or, if asked for, scaled ones."""
+        x = torch.as_tensor(observations, dtype=torch.float32, device=self.args.device)
+        if not self.args.normalize_observations:
+            return x
+        mean, variance = self.statistics
+        return nn.functional.batch_norm(x, mean, variance, eps=1e-8).clamp(-10, 10)
+
+    def policy(self, inputs: Tensor) -> Distribution:
+        """The distribution of the actions at each of (M, D) inputs."""
         if self.discrete:
-            return Categorical(logits=outputs)
-        means = outputs.unflatten(-1, self.shape)
-        return Independent(Normal(means, self.log_std.exp()), len(self.shape))
+            return Categorical(logits=self.actor(inputs))
+        return Independent(Normal(self.actor(inputs), self.log_std.exp()), 1)
+
+    @torch.inference_mode()
+    def act(self, observations: np.ndarray, greedy: bool = False) -> np.ndarray:
+        """One action at each of (N, D) observations: a sample or, if greedy, the most likely."""
+        outputs = self.actor(self.normalize(observations))
+        if not greedy and self.discrete:  # Gumbel noise makes the largest logit a sample
+            outputs -= torch.empty_like(outputs).exponential_().log()
+        elif not greedy:
+            outputs += torch.randn_like(outputs) * self.log_std.exp()
+        return (outputs.argmax(-1) if self.discrete else outputs).cpu().numpy()
 
 
 def make_envs(args: Args, num_envs: int, mode: str | None = None) -> gym.vector.VectorEnv:
-    """num_envs environments with flat observations; actions beyond the bounds are clipped."""
+    """num_envs environments with flat observations and actions, which are clipped to the bounds."""
     try:
         options: dict = {"render_mode": "rgb_array"} if args.capture_video else {}
         envs = gym.make_vec(args.env_id, num_envs, mode, **options)
@@ -134,28 +143,17 @@ def make_envs(args: Args, num_envs: int, mode: str | None = None) -> gym.vector.
         name = f"--env-id {args.env_id}" + f" --vectorization-mode {mode}" * (mode is not None)
         raise ValueError(f"{name}: {error}") from error
     observations, actions = envs.single_observation_space, envs.single_action_space
-    if (mode := envs.metadata.get("autoreset_mode")) != gym.vector.AutoresetMode.NEXT_STEP:
-        raise ValueError(f"--env-id {args.env_id}: autoreset mode {mode}, must be NEXT_STEP")
-    served = isinstance(actions, gym.spaces.Box | gym.spaces.Discrete)
-    if not (served and observations.is_np_flattenable and getattr(actions, "start", 0) == 0):
+    mode, served = envs.metadata.get("autoreset_mode"), gym.spaces.Box | gym.spaces.Discrete
+    if not (isinstance(actions, served) and observations.is_np_flattenable):
         raise ValueError(f"--env-id {args.env_id}: cannot serve {observations} with {actions}")
+    if getattr(actions, "start", 0) != 0 or mode != gym.vector.AutoresetMode.NEXT_STEP:
+        raise ValueError(f"--env-id {args.env_id}: {actions} must start at 0, {mode} be NEXT_STEP")
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
         envs = wrappers.FlattenObservation(envs)
     if isinstance(actions, gym.spaces.Box):
-        envs = wrappers.TransformAction(envs, lambda a: a.clip(actions.low, actions.high))
+        low, high = actions.low, actions.high
+        envs = wrappers.TransformAction(envs, lambda a: a.reshape(-1, *low.shape).clip(low, high))
     return envs
-
-
-@torch.inference_mode()
-def act(agent: Agent, observations: np.ndarray, greedy: bool = False) -> np.ndarray:
-    """One action at each of N observations: sampled or, if greedy, the most likely."""
-    inputs = torch.as_tensor(observations, dtype=torch.float32, device=agent.device)
-    outputs = agent.actor(agent.normalize(inputs))  # agent.policy's logits or means; it is slower
-    if agent.discrete:  # Gumbel noise makes the largest logit a sample
-        noise = 0 if greedy else -torch.empty_like(outputs).exponential_().log()
-        return (outputs + noise).argmax(-1).cpu().numpy()
-    noise = 0 if greedy else torch.randn_like(outputs) * agent.log_std.exp().flatten()
-    return (outputs + noise).unflatten(-1, agent.shape).cpu().numpy()
 
 
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
@@ -168,7 +166,7 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
         ended = np.zeros(args.num_envs, dtype=bool)
         observations, steps, episodes = [observation], [], list[tuple]()
         while not ended.all():
-            action, valid = act(agent, observation), ~ended
+            action, valid = agent.act(observation), ~ended
             observation, reward, termination, truncation, infos = envs.step(action)
             observations.append(observation)
             steps.append((action, reward.astype(np.float32), termination, truncation, valid))
@@ -182,45 +180,63 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
 
 def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
     """For the M valid steps what `update` learns from: M rows of each of its columns."""
-    observations = torch.as_tensor(batch.observations, device=args.device)
+    shape = batch.observations.shape
+    inputs = agent.normalize(batch.observations.reshape(-1, shape[-1]))
     # With V = 0 and lambda = 1 GAE's returns are the discounted sums of the rewards to come.
-    baseline = np.zeros_like(batch.observations[..., 0])
+    values = np.zeros(shape[:2], dtype=np.float32)
     ends = batch.terminations, batch.truncations
-    _, returns = compute_gae(batch.rewards, baseline, *ends, args.gamma, 1.0)
+    _, returns = compute_gae(batch.rewards, values, *ends, args.gamma, 1.0)
     if not args.reward_to_go:
         returns[:] = returns[0]
-    columns = (observations[:-1], batch.actions, returns)
+    columns = (inputs.view(shape)[:-1], batch.actions, returns)
     valid = torch.as_tensor(batch.valid, device=args.device)
     return [torch.as_tensor(column, device=args.device)[valid] for column in columns]
 
 
-def average(x: Tensor) -> None:
+def average(x: Tensor) -> Tensor:
     """Makes x its mean over the processes, if torchrun started several."""
     if dist.is_initialized():
         dist.all_reduce(x.div_(dist.get_world_size()))
+    return x
 
 
-def step(optimizer: torch.optim.Optimizer, loss: Tensor, args: Args) -> Tensor:
-    """One step down the clipped gradient of loss; returns the norm that it had."""
-    optimizer.zero_grad()
-    loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
-    optimizer.step()
-    return grad_norm
+class Adam(nn.Module):
+    """Adam (https://arxiv.org/abs/1412.6980) on a network's parameters as one vector. Torch's own
+    kernel, but not its class, which takes seconds to import a compiler, and longer for a step.
+    """
+
+    def __init__(self, network: nn.Module, learning_rate: float):
+        super().__init__()
+        self.initial_rate = self.learning_rate = learning_rate
+        self.weights = list(network.parameters())
+        self.vector = parameters_to_vector(self.weights).detach()
+        vector_to_parameters(self.vector, self.weights)  # they are views of it from now on
+        self.moments = nn.Buffer(self.vector.new_zeros(2, len(self.vector)))
+        self.steps = nn.Buffer(self.vector.new_zeros(()))
+
+    def step(self, loss: Tensor, args: Args) -> Tensor:
+        """One step down the clipped gradient of loss; returns the norm that it had."""
+        gradient = average(parameters_to_vector(torch.autograd.grad(loss, self.weights)))
+        grad_norm = gradient.norm()
+        gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+        mean, square = self.moments
+        rates: dict = {"lr": self.learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
+        rest: dict = {"weight_decay": 0.0, "amsgrad": False, "maximize": False, "fused": True}
+        adam([self.vector], [gradient], [mean], [square], [], [self.steps], **rates, **rest)
+        return grad_norm
 
 
-def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
-    """Adam for each network or pair of networks that has a learning rate of its own."""
-    rates = ((agent.actor, args.learning_rate),)
-    return [torch.optim.Adam(net.parameters(), lr, eps=1e-5, fused=True) for net, lr in rates]
+def make_optimizers(agent: Agent, args: Args) -> list[Adam]:
+    """One for each network or pair of networks that has a learning rate of its own."""
+    return [Adam(agent.actor, args.learning_rate)]
 
 
-def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
+def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> dict[str, float]:
     """One iteration's learning from one batch; returns its metrics."""
-    observations, actions, returns = estimate(agent, batch, args)
-    policy = agent.policy(observations)
+    inputs, actions, returns = estimate(agent, batch, args)
+    policy = agent.policy(inputs)
     policy_loss = -(policy.log_prob(actions) * returns).sum() / args.num_envs
-    grad_norm = step(optimizers[0], policy_loss, args)
+    grad_norm = optimizers[0].step(policy_loss, args)
     names = ("policy_loss", "entropy", "grad_norm")
     losses = (policy_loss, policy.entropy().mean(), grad_norm)
     return dict(zip(names, torch.stack(losses).tolist()))
@@ -234,7 +250,7 @@ def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) 
     observations, _ = envs.reset(seed=args.seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     for _ in range(int(args.total_timesteps)):  # an end even where no time limit sets one
-        observations, rewards, *ends, _ = envs.step(act(agent, observations, greedy))
+        observations, rewards, *ends, _ = envs.step(agent.act(observations, greedy))
         returns += rewards * running
         running &= ~(ends[0] | ends[1])
         if interrupts:
@@ -247,17 +263,15 @@ def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) 
 
 def check(args: Args) -> None:
     """Raises ValueError, naming the argument and its value, for what cannot work."""
-    size = args.num_envs * getattr(args, "num_steps", 1)
+    size, count = args.num_envs * getattr(args, "num_steps", 1), getattr(args, "num_minibatches", 1)
     bounds = {"gamma": (0, 1), "gae_lambda": (0, 1), "total_timesteps": (size, math.inf)}
-    bounds["num_steps"] = (2, math.inf)  # of two steps at most one is a reset
+    bounds |= {"num_steps": (2, math.inf), "seed": (0, math.inf)}  # of 2 steps 1 may be a reset
     for name, value in vars(args).items():
-        low, high = bounds.get(name, (int(type(value) is int and name != "seed"), math.inf))
+        low, high = bounds.get(name, (int(type(value) is int), math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
-    if size % (num_minibatches := getattr(args, "num_minibatches", 1)):
-        raise ValueError(f"--num-minibatches {num_minibatches}: must divide {size} steps a rollout")
-    if args.capture_video and not find_spec("moviepy"):
-        raise ValueError("--capture-video True: needs moviepy, `pip install moviepy`")
+    if size % count:
+        raise ValueError(f"--num-minibatches {count}: must divide {size}, the steps of a rollout")
     device = getattr(torch, args.device.split(":")[0], object)
     if not (hasattr(device, "is_available") and device.is_available()):
         raise ValueError(f"--device {args.device}: PyTorch finds none here, --device cpu works")
@@ -275,37 +289,25 @@ def load_checkpoint(path: str) -> dict:
         raise ValueError(f"--resume {path}: no checkpoint of {__file__}: {error}") from error
 
 
-def attempt(call, *args, **kwargs):
-    """Calls W&B, whose failures cost a warning, its silence a minute, and none the training."""
-    kill = f"pkill -KILL -P {os.getpid()} wandb-core"  # its service, which ends all waiting for it
-    (watchdog := Timer(60, os.system, [kill])).start()
-    try:
-        return call(*args, **kwargs)
-    except Exception as error:
-        print(f"Warning: W&B: {error!r:.300}")
-        return False
-    finally:
-        watchdog.cancel()
-
-
-def start_wandb(args: Args, run_dir: Path):
-    """The W&B run of a run folder; that of a resumed one goes on."""
+def track(args: Args, run_dir: Path, rows: SimpleQueue) -> None:
+    """Logs rows to W&B until one is None: in a thread, so that the training never waits for it."""
     # Left alone, the client waits minutes to start and forever to finish on a silent server.
     for setting in "INIT_TIMEOUT=10 FINISH_TIMEOUT=30 ERROR_REPORTING=false QUIET=true".split():
         os.environ.setdefault(*f"WANDB_{setting}".split("="))
     import wandb
 
     names: dict = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-    names |= {"group": args.wandb_group, "id": run_dir.name, "name": run_dir.name}
-    settings: dict = {"dir": run_dir, "resume": "allow", "reinit": "create_new"}
-    settings["config"] = vars(args)
-    if not (run := attempt(wandb.init, **names, **settings)):
-        attempt(wandb.teardown)  # a failed start keeps the run's id taken
-        run = wandb.init(**names, **settings, mode="offline")
-    run.save(shutil.copy(__file__, run_dir), base_path=run_dir, policy="now")
-    if run.offline:
-        print(f"W&B is offline; to upload the run later: wandb sync {run_dir}/wandb")
-    return run
+    names |= {"group": args.wandb_group, "id": run_dir.name, "resume": "allow"}
+    try:
+        run = wandb.init(**names, dir=run_dir, config=vars(args), reinit="create_new")
+    except Exception as error:
+        print(f"W&B is offline ({error!r:.300}); to upload the run: wandb sync {run_dir}/wandb")
+        wandb.teardown()  # a failed start keeps the run's id taken
+        run = wandb.init(**names, dir=run_dir, config=vars(args), mode="offline")
+    run.save(__file__, policy="now")
+    for row in iter(rows.get, None):
+        run.log(row, step=row["global_step"])
+    run.finish()
 
 
 def train(args: Args) -> float:
@@ -324,26 +326,24 @@ def train(args: Args) -> float:
     if args.normalize_rewards:
         envs = wrappers.TransformReward(scaled, lambda rewards: rewards.clip(-10, 10))
     agent = Agent(envs, args).to(args.device)
-    parts: list = [agent, *(optimizers := make_optimizers(agent, args))]
+    learners = nn.ModuleList([agent, *(optimizers := make_optimizers(agent, args))])
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}".replace("/", "-")
     run_dir, global_step, log_size = checkpoint.get("run", (Path("runs", name), 0, 0))
-    for part, state in zip(parts, checkpoint.get("parts", ())):
-        part.load_state_dict(state)
-    vars(scaled.return_rms).update(checkpoint.get("return_rms", {}))
-    torch.set_rng_state(checkpoint.get("rng_state", torch.get_rng_state()))
+    if checkpoint:
+        learners.load_state_dict(checkpoint["learners"])
+        vars(scaled.return_rms).update(checkpoint["return_rms"])
+        torch.set_rng_state(checkpoint["rng_state"])
     if rank:  # the same parameters, then other actions
         torch.manual_seed(args.seed + global_step + rank)
-    for parameter in agent.parameters() if world > 1 else ():
-        parameter.register_post_accumulate_grad_hook(lambda parameter: average(parameter.grad))
     batches = rollouts(agent, envs, args, args.seed + global_step + rank * args.num_envs)
 
     def save(folder: Path) -> None:
         """Writes a checkpoint that is whole, the old or the new one, whenever the run is killed."""
         state = {"args": vars(args), "global_step": global_step, "log_size": log_size}
-        state["parts"] = [part.state_dict() for part in parts]
+        state |= {"learners": learners.state_dict(), "rng_state": torch.get_rng_state()}
         state["return_rms"] = {key: float(x) for key, x in vars(scaled.return_rms).items()}
         with open(folder / "checkpoint.tmp", "wb") as file:
-            torch.save(state | {"rng_state": torch.get_rng_state()}, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file)
         os.replace(file.name, folder / "checkpoint.pt")
@@ -356,27 +356,28 @@ def train(args: Args) -> float:
         (folder / "args.json").write_text(json.dumps(record, indent=1))
         save(folder)
         folder.rename(run_dir)
-    run = args.track and rank == 0 and attempt(start_wandb, args, run_dir)
+    rows: SimpleQueue = SimpleQueue()
+    tracker = Thread(target=track, args=(args, run_dir, rows), daemon=True)
     if rank == 0:
         print(f"{run_dir}: {compute_gae.__name__} of {compute_gae.__module__} on {args.device}")
-    if args.capture_video and rank == 0:  # untrained, which shows at once what filming lacks
-        evaluate(agent, args, True, run_dir / f"videos/{global_step}")
+        if args.track:
+            tracker.start()
+        if args.capture_video:  # untrained, which shows at once what filming lacks
+            evaluate(agent, args, True, run_dir / f"videos/{global_step}")
     iteration, first_step, stopped, start = 0, global_step, False, time.perf_counter()
     total = args.total_timesteps
     progress = tqdm(total=total, initial=global_step, unit=" steps", disable=rank > 0)
     while global_step < total and not stopped:
-        remaining = 1 - global_step / total if args.anneal_lr else 1.0
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * remaining
+            remaining = 1 - global_step / total if args.anneal_lr else 1.0
+            optimizer.learning_rate = optimizer.initial_rate * remaining
         batch = next(batches)
         losses = update(agent, optimizers, batch, args)
         if args.normalize_observations:
             agent.observe(batch.observations)
         sums = {"observations": batch.observations.sum(), "rewards": batch.rewards.sum()}
         sums |= losses | {"steps": batch.valid.sum(), "interrupts": len(interrupts)}
-        everyone = torch.tensor([float(x) for x in sums.values()], device=args.device)
-        for tensor in (everyone, *list(agent.buffers())[:2]):  # the running mean and variance
-            average(tensor)
+        everyone = average(torch.tensor([float(x) for x in sums.values()], device=args.device))
         means = dict(zip(sums, everyone.tolist()))  # the same in all processes: all end together
         if broken := {name: x for name, x in means.items() if not math.isfinite(x)}:
             raise FloatingPointError(f"step {global_step} of {run_dir}: {broken}")
@@ -387,21 +388,20 @@ def train(args: Args) -> float:
             "global_step": global_step,
             "charts/episodic_return": returns,
             "charts/episodic_length": lengths,
-            "charts/learning_rate": optimizers[0].param_groups[0]["lr"],
+            "charts/learning_rate": optimizers[0].learning_rate,
             "charts/SPS": (global_step - first_step) / (time.perf_counter() - start),
         } | {f"losses/{name}": means[name] for name in losses}
         if rank == 0:
             with open(run_dir / "metrics.csv", "a") as file:
                 file.truncate(log_size)  # drops what a killed run wrote after its checkpoint
-                rows = [metrics.values()] if log_size else [metrics, metrics.values()]
-                file.writelines(",".join(map(str, row)) + "\n" for row in rows)
+                for row in [metrics.values()] if log_size else [metrics, metrics.values()]:
+                    print(*row, sep=",", file=file)
                 log_size = file.tell()
-            if run and attempt(run.log, metrics, step=global_step) is False:
-                run = None  # its service is gone
+            rows.put(metrics)
             if stopped or global_step >= total or iteration % args.checkpoint_interval == 0:
                 save(run_dir)
         if batch.episodes:
-            progress.set_postfix(episodic_return=f"{returns:.1f}", refresh=False)
+            progress.set_description(f"return {returns:.1f}")
         progress.update(steps)
     progress.close()
     envs.close()
@@ -415,9 +415,9 @@ def train(args: Args) -> float:
         print(f"Mean return of {args.eval_episodes} episodes: {scores}")
         if args.capture_video:
             evaluate(agent, args, True, run_dir / f"videos/{global_step}")
-    if run:
-        attempt(run.log, scores, step=global_step)
-        attempt(run.finish)
+    if tracker.is_alive():
+        rows.put(scores)
+        tracker.join(60)
     return scores["greedy"]
 
 

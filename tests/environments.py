@@ -197,10 +197,26 @@ def start(script, args):
     return agent, script.make_optimizers(agent, args), batches
 
 
-def sgd(agent, lr=0.0):
-    """Optimizers that leave the gradients of update behind and the parameters alone, for lr 0."""
-    parts = [agent.actor, agent.critic] if hasattr(agent, "critic") else [agent.actor]
-    return [torch.optim.SGD(part.parameters(), lr) for part in parts]
+class Watcher:
+    """In an optimizer's place: keeps the gradient of the last step and leaves the parameters."""
+
+    def __init__(self, network):
+        self.parameters = list(network.parameters())
+
+    def step(self, loss, args):
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        self.gradient = torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g).flatten()
+                for p, g in zip(self.parameters, gradients)
+            ]
+        )
+        return self.gradient.norm()
+
+
+def watchers(agent):
+    """One of the actor and one of the critic, if there is one."""
+    return [Watcher(getattr(agent, name)) for name in ("actor", "critic") if hasattr(agent, name)]
 
 
 def metrics(folder):

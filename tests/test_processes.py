@@ -34,7 +34,7 @@ for script in LADDER:
         losses = update(agent, optimizers, batch, args)
         if poison == "losses" and len(seen) == 3:
             losses["policy_loss"] = math.inf
-        states = [agent.state_dict(), *(o.state_dict()["state"] for o in optimizers)]
+        states = [agent.state_dict(), *(o.state_dict() for o in optimizers)]
         seen.append((str(batch.actions), int(batch.valid.sum()), states))
         return losses
     script.update = watched
@@ -48,7 +48,7 @@ for script in LADDER:
     assert all(a[2] == b[2] for a, b in zip(one, other)), "the same bits in every process"
     assert all(a[0] != b[0] for a, b in zip(one, other)), "but other actions"
     if script.__name__ == "ppo":
-        assert seen[-1][2][1][0]["step"] < 24 * len(seen), "target_kl, in all at once"
+        assert seen[-1][2][1]["steps"] < 24 * len(seen), "target_kl, in all at once"
     if rank == 0:
         (run_dir,) = Path("runs").glob(f"*__{script.__name__}__*")
         assert rows(run_dir)[-1] == sum(a[1] + b[1] for a, b in zip(one, other))
@@ -63,7 +63,7 @@ for script in LADDER:
             (run_dir,) = Path("runs").glob(f"*__{script.__name__}-{kind}__*")
             checkpoint = script.load_checkpoint(str(run_dir))
             assert checkpoint["global_step"] == rows(run_dir)[1] and len(rows(run_dir)) == 3
-            assert all(x.isfinite().all() for x in checkpoint["parts"][0].values())
+            assert all(x.isfinite().all() for x in checkpoint["learners"].values())
     poison = None
 script.train(replace(args, resume=resumed, total_timesteps=2000))
 print("all well", rank)

@@ -17,19 +17,19 @@ SPACES = pytest.mark.parametrize("env_id", ["CartPole-v1", "Echo-v0"])
 def parts(env_id, **wanted):
     """A tiny network in float64, with its first rollout and what else update needs."""
     args = arguments(trpo, env_id, num_envs=4, num_steps=16, **wanted)
-    agent, optimizers, batches = start(trpo, args)
+    agent, _, batches = start(trpo, args)
     first, last = agent.actor[0], agent.actor[-1]
     tiny = nn.Sequential(
         nn.Linear(first.in_features, 2), nn.Tanh(), nn.Linear(2, last.out_features)
     )
     if not agent.discrete:
         deviations = torch.linspace(-0.7, 0.4, last.out_features)
-        tiny.log_std = agent.log_std = nn.Parameter(deviations.view(agent.shape))
+        tiny.log_std = agent.log_std = nn.Parameter(deviations)
     agent.actor = tiny
     batch = next(batches)
-    wide = {name: getattr(batch, name).astype(np.float64) for name in ("observations", "rewards")}
-    agent.double()
-    return agent, optimizers, batch._replace(**wide), args
+    agent.double().normalize = lambda x: torch.tensor(x, dtype=torch.float64)
+    optimizers = trpo.make_optimizers(agent, args)
+    return agent, optimizers, batch._replace(rewards=batch.rewards.astype(float)), args
 
 
 def fisher(agent, observations):
@@ -98,7 +98,7 @@ def test_conjugate_gradients_solve_the_system(env_id, monkeypatch):
 def test_b_is_the_gradient_of_the_surrogate(env_id, monkeypatch):
     """At the old parameters it is the policy gradient: that of mean log pi(a|s) A."""
     agent, _, b, _, batch, args = solve_in_update(env_id, monkeypatch, norm_adv=False)
-    observations, actions, _, advantages, _ = trpo.estimate(agent, batch, args)
+    observations, actions, advantages, _ = trpo.estimate(agent, batch, args)
     objective = (agent.policy(observations).log_prob(actions) * advantages).mean()
     torch.testing.assert_close(b, trpo.flat_grad(objective, list(agent.actor.parameters())))
 
@@ -131,7 +131,7 @@ def test_an_accepted_step_improves_the_surrogate_within_the_bound(env_id, target
     """The metrics that update returns are recomputed from the agents before and after."""
     agent, optimizers, batch, args = parts(env_id, target_kl=target_kl)
     args.max_backtracks, old = 30, copy.deepcopy(agent)
-    observations, actions, _, advantages, _ = trpo.estimate(agent, batch, args)
+    observations, actions, advantages, _ = trpo.estimate(agent, batch, args)
     losses = trpo.update(agent, optimizers, batch, args)
     with torch.no_grad():
         before, after = old.policy(observations), agent.policy(observations)
