@@ -225,9 +225,13 @@ class Adam(nn.Module):
         self.moments = nn.Buffer(self.vector.new_zeros(2, len(self.vector)))
         self.steps = nn.Buffer(self.vector.new_zeros(()))
 
-    def step(self, loss: Tensor, args: Args) -> Tensor:
-        """One step down the clipped gradient of loss; returns the norm that it had."""
-        gradient = average(parameters_to_vector(torch.autograd.grad(loss, self.weights)))
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient of loss, as one vector."""
+        return parameters_to_vector(torch.autograd.grad(loss, self.weights))
+
+    def step(self, gradient: Tensor, args: Args) -> Tensor:
+        """One step down a gradient, clipped; returns the norm that it had."""
+        average(gradient)
         grad_norm = gradient.norm()
         gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
         mean, square = self.moments
@@ -249,14 +253,17 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     with torch.no_grad():
         log_probs = agent.policy(inputs).log_prob(actions)
     data, metrics = (inputs, actions, log_probs, advantages, returns), []
-    losses_of = torch.compile(losses, dynamic=True) if args.compile else losses
+    differentiate, (optimizer,) = gradient_and_metrics, optimizers
+    if args.compile:  # the gradient, too
+        torch._dynamo.config.trace_autograd_ops = True
+        differentiate = torch.compile(gradient_and_metrics, dynamic=True)
     # Resets leave at least every other step; the count must be the same in all processes.
     count = min(args.num_minibatches, args.num_envs * (args.num_steps // 2))
     for _ in range(args.update_epochs):
         for rows in torch.randperm(len(inputs), device=args.device).tensor_split(count):
-            loss, *parts = losses_of(agent, args, *(x.index_select(0, rows) for x in data))
-            parts.append(optimizers[0].step(loss, args))
-            metrics.append(torch.stack(parts).detach())
+            minibatch = (x.index_select(0, rows) for x in data)
+            gradient, parts = differentiate(agent, optimizer, args, *minibatch)
+            metrics.append(torch.hstack((parts, optimizer.step(gradient, args))))
         if args.target_kl is not None and average(metrics[-1][3]) > args.target_kl:
             break
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
@@ -264,8 +271,8 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     return dict(zip(names, means)) | {"explained_variance": 1 - unexplained.item()}
 
 
-def losses(agent: Agent, args: Args, *minibatch: Tensor) -> tuple[Tensor, ...]:
-    """The loss of one minibatch, and the metrics that belong to it."""
+def gradient_and_metrics(agent: Agent, optimizer: Adam, args: Args, *minibatch) -> tuple:
+    """The gradient of the loss of one minibatch, and the metrics that belong to it."""
     inputs, actions, log_probs, advantages, returns = minibatch
     policy, values, old_values = agent.policy(inputs), agent.value(inputs), returns - advantages
     if args.norm_adv:
@@ -282,7 +289,8 @@ def losses(agent: Agent, args: Args, *minibatch: Tensor) -> tuple[Tensor, ...]:
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
     clipfrac = (ratio != clipped_ratio).float().mean()
-    return loss, policy_loss, value_loss, entropy, approx_kl, clipfrac
+    metrics = torch.stack((policy_loss, value_loss, entropy, approx_kl, clipfrac))
+    return optimizer.gradient(loss), metrics.detach()
 
 
 def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) -> float:

@@ -214,9 +214,13 @@ class Adam(nn.Module):
         self.moments = nn.Buffer(self.vector.new_zeros(2, len(self.vector)))
         self.steps = nn.Buffer(self.vector.new_zeros(()))
 
-    def step(self, loss: Tensor, args: Args) -> Tensor:
-        """One step down the clipped gradient of loss; returns the norm that it had."""
-        gradient = average(parameters_to_vector(torch.autograd.grad(loss, self.weights)))
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient of loss, as one vector."""
+        return parameters_to_vector(torch.autograd.grad(loss, self.weights))
+
+    def step(self, gradient: Tensor, args: Args) -> Tensor:
+        """One step down a gradient, clipped; returns the norm that it had."""
+        average(gradient)
         grad_norm = gradient.norm()
         gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
         mean, square = self.moments
@@ -236,7 +240,8 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     inputs, actions, returns = estimate(agent, batch, args)
     policy = agent.policy(inputs)
     policy_loss = -(policy.log_prob(actions) * returns).sum() / args.num_envs
-    grad_norm = optimizers[0].step(policy_loss, args)
+    (actor,) = optimizers
+    grad_norm = actor.step(actor.gradient(policy_loss), args)
     names = ("policy_loss", "entropy", "grad_norm")
     losses = (policy_loss, policy.entropy().mean(), grad_norm)
     return dict(zip(names, torch.stack(losses).tolist()))

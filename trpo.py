@@ -224,9 +224,13 @@ class Adam(nn.Module):
         self.moments = nn.Buffer(self.vector.new_zeros(2, len(self.vector)))
         self.steps = nn.Buffer(self.vector.new_zeros(()))
 
-    def step(self, loss: Tensor, args: Args) -> Tensor:
-        """One step down the clipped gradient of loss; returns the norm that it had."""
-        gradient = average(parameters_to_vector(torch.autograd.grad(loss, self.weights)))
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient of loss, as one vector."""
+        return parameters_to_vector(torch.autograd.grad(loss, self.weights))
+
+    def step(self, gradient: Tensor, args: Args) -> Tensor:
+        """One step down a gradient, clipped; returns the norm that it had."""
+        average(gradient)
         grad_norm = gradient.norm()
         gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
         mean, square = self.moments
@@ -265,7 +269,7 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     unexplained = advantages.var(0, False) / returns.var(0, False).clamp_min(1e-8)
     if args.norm_adv:
         advantages = nn.functional.layer_norm(advantages, advantages.shape, eps=1e-8)
-    parameters = list(agent.actor.parameters())
+    (critic,), parameters = optimizers, list(agent.actor.parameters())
     with torch.no_grad():
         old_policy, old_parameters = agent.policy(inputs), parameters_to_vector(parameters)
         log_probs = old_policy.log_prob(actions)
@@ -299,7 +303,7 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
             surrogate, kl, fraction = old_surrogate, *kl.new_zeros(2)
     for _ in range(args.vf_epochs):
         value_loss = 0.5 * (agent.value(inputs) - returns).square().mean()
-        optimizers[-1].step(value_loss, args)
+        critic.step(critic.gradient(value_loss), args)
     names = ("policy_loss", "value_loss", "entropy", "kl", "step_fraction", "explained_variance")
     entropy = old_policy.entropy().mean()
     losses = (-surrogate, value_loss, entropy, kl, fraction, 1 - unexplained)

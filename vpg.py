@@ -219,9 +219,13 @@ class Adam(nn.Module):
         self.moments = nn.Buffer(self.vector.new_zeros(2, len(self.vector)))
         self.steps = nn.Buffer(self.vector.new_zeros(()))
 
-    def step(self, loss: Tensor, args: Args) -> Tensor:
-        """One step down the clipped gradient of loss; returns the norm that it had."""
-        gradient = average(parameters_to_vector(torch.autograd.grad(loss, self.weights)))
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient of loss, as one vector."""
+        return parameters_to_vector(torch.autograd.grad(loss, self.weights))
+
+    def step(self, gradient: Tensor, args: Args) -> Tensor:
+        """One step down a gradient, clipped; returns the norm that it had."""
+        average(gradient)
         grad_norm = gradient.norm()
         gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
         mean, square = self.moments
@@ -244,10 +248,11 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     if args.norm_adv:
         advantages = nn.functional.layer_norm(advantages, advantages.shape, eps=1e-8)
     policy_loss = -(policy.log_prob(actions) * advantages).mean()
-    grad_norm = optimizers[0].step(policy_loss, args)
+    actor, critic = optimizers
+    grad_norm = actor.step(actor.gradient(policy_loss), args)
     for _ in range(args.vf_epochs):
         value_loss = 0.5 * (agent.value(inputs) - returns).square().mean()
-        optimizers[-1].step(value_loss, args)
+        critic.step(critic.gradient(value_loss), args)
     names = ("policy_loss", "value_loss", "entropy", "grad_norm", "explained_variance")
     losses = (policy_loss, value_loss, policy.entropy().mean(), grad_norm, 1 - unexplained)
     return dict(zip(names, torch.stack(losses).tolist()))

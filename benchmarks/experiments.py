@@ -152,6 +152,14 @@ def snapshot(target: float) -> vpg.Agent:
     return found[0]
 
 
+class Still(vpg.Adam):
+    """Keeps the gradient of the last step, which it does not take."""
+
+    def step(self, gradient: torch.Tensor, args) -> torch.Tensor:
+        self.last = gradient
+        return gradient.norm()
+
+
 def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
     """Estimates (ways, ESTIMATES, parameters) by the scripts' update, and the mean return.
 
@@ -160,17 +168,17 @@ def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
     """
     width, estimates, returns = 64, [[] for _ in ways], []
     envs = reinforce.make_envs(reinforce.Args(), width)
-    optimizers = [torch.optim.SGD(net.parameters(), 0.0) for net in (agent.actor, agent.critic)]
+    actor, critic = Still(agent.actor, 0.0), Still(agent.critic, 0.0)
     for batch in reinforce.rollouts(agent, envs, reinforce.Args(num_envs=width), 0):
         returns.append((batch.rewards * batch.valid).sum() / width)
         for first in range(0, width, EPISODES):
             part = vpg.Batch(*(x[:, first : first + EPISODES] for x in batch[:-1]), [])
             for results, (script, changes) in zip(estimates, ways.values()):
                 args = script.Args(num_envs=EPISODES, max_grad_norm=float("inf"), **changes)
-                script.update(agent, optimizers, part, args)
-                steps = 1 if script is reinforce else part.valid.sum() / EPISODES
-                flat = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
-                results.append(-flat.double().numpy() * steps)
+                whole = script is reinforce
+                script.update(agent, [actor] if whole else [actor, critic], part, args)
+                steps = 1 if whole else part.valid.sum() / EPISODES
+                results.append(-actor.last.double().numpy() * steps)
         if len(estimates[0]) >= ESTIMATES:
             return np.array(estimates), float(np.mean(returns))
     raise RuntimeError("rollouts ended")

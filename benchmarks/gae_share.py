@@ -25,7 +25,8 @@ from speed import CLEANRL, RESULTS, ROOT, about
 sys.path.insert(0, str(ROOT))
 import ppo
 
-ORIGINAL = {name: getattr(ppo, name) for name in ("act", "update", "rollouts", "compute_gae")}
+ORIGINAL = {name: getattr(ppo, name) for name in ("update", "rollouts", "compute_gae")}
+ACT = ppo.Agent.act
 
 
 def torch_loop(rewards, values, terminations, truncations, gamma, gae_lambda):
@@ -57,8 +58,7 @@ def timed_run(args: ppo.Args, gae: Callable) -> dict[str, float]:
         envs.step = timed("step", envs.step)
         return ORIGINAL["rollouts"](agent, envs, *rest)
 
-    for name in ("act", "update"):
-        setattr(ppo, name, timed(name, ORIGINAL[name]))
+    ppo.Agent.act, ppo.update = timed("act", ACT), timed("update", ORIGINAL["update"])  # type: ignore
     ppo.rollouts, ppo.compute_gae = rollouts, timed("gae", gae)
     ppo.evaluate = lambda *_: 0.0  # would act and step, too
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silent:

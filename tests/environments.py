@@ -197,26 +197,18 @@ def start(script, args):
     return agent, script.make_optimizers(agent, args), batches
 
 
-class Watcher:
-    """In an optimizer's place: keeps the gradient of the last step and leaves the parameters."""
+class Watcher(ppo.Adam):
+    """Keeps the gradient of the last step, which it does not take."""
 
-    def __init__(self, network):
-        self.parameters = list(network.parameters())
-
-    def step(self, loss, args):
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        self.gradient = torch.cat(
-            [
-                (torch.zeros_like(p) if g is None else g).flatten()
-                for p, g in zip(self.parameters, gradients)
-            ]
-        )
-        return self.gradient.norm()
+    def step(self, gradient, args):
+        self.last = gradient
+        return gradient.norm()
 
 
 def watchers(agent):
     """One of the actor and one of the critic, if there is one."""
-    return [Watcher(getattr(agent, name)) for name in ("actor", "critic") if hasattr(agent, name)]
+    parts = [agent.actor, agent.critic] if hasattr(agent, "critic") else [agent.actor]
+    return [Watcher(part, 0.0) for part in parts]
 
 
 def metrics(folder):
