@@ -102,7 +102,7 @@ class Agent(nn.Module):
         self.actor = mlp(num_inputs, num_outputs, 0.01)
         self.critic = mlp(num_inputs, 1, 1.0)
         if not self.discrete:
-            self.actor.log_std = self.log_std = nn.Parameter(torch.zeros(num_outputs))
+            self.actor.log_std = self.log_std = nn.Parameter(torch.full((num_outputs,), -0.5))
         self.powers: Tensor = nn.Buffer(torch.zeros(3, num_inputs, dtype=torch.float64))
         self.statistics: Tensor = nn.Buffer(torch.tensor([[0.0], [1.0]]).repeat(1, num_inputs))
 

@@ -58,7 +58,7 @@ def timed_run(args: ppo.Args, gae: Callable) -> dict[str, float]:
         envs.step = timed("step", envs.step)
         return ORIGINAL["rollouts"](agent, envs, *rest)
 
-    ppo.Agent.act, ppo.update = timed("act", ACT), timed("update", ORIGINAL["update"])  # type: ignore
+    ppo.Agent.act, ppo.update = timed("act", ACT), timed("update", ORIGINAL["update"])
     ppo.rollouts, ppo.compute_gae = rollouts, timed("gae", gae)
     ppo.evaluate = lambda *_: 0.0  # would act and step, too
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silent:

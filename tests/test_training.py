@@ -1,5 +1,7 @@
 """train as a user calls it: it learns, it repeats itself, it refuses what cannot work."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from environments import CRITICS, LADDER, REFUSED, arguments, metrics
@@ -48,6 +50,18 @@ def test_environments_in_processes_of_their_own_change_nothing(tmp_path, monkeyp
     cartpole = of("CartPole-v1", "async")
     assert cartpole == of("CartPole-v1", "sync")
     assert cartpole != of("CartPole-v1", None), "which is vectorized in NumPy, of other numbers"
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_compiled_and_eager_train_alike(env_id, tmp_path, monkeypatch):
+    """One update, of 24 minibatches: after it rounding makes them drift apart."""
+    rows = []
+    for wanted in ({"compile": True}, {}):
+        wanted |= {"env_id": env_id, "total_timesteps": 128}
+        run(ppo, tmp_path / str(len(rows)), monkeypatch, **wanted)
+        rows += metrics(Path.cwd())[:1]
+    assert rows[0].keys() == rows[1].keys() and rows[0]["losses/grad_norm"] > 0
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3, abs=1e-4, nan_ok=True)
 
 
 @each
