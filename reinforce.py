@@ -406,7 +406,7 @@ def train(args: Args) -> float:
             if stopped or global_step >= total or iteration % args.checkpoint_interval == 0:
                 save(run_dir)
         if batch.episodes:
-            progress.set_description(f"return {returns:.1f}")
+            progress.set_description(f"return {returns:.1f}", refresh=False)
         progress.update(steps)
     progress.close()
     envs.close()
