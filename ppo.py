@@ -8,14 +8,16 @@ Run: python ppo.py --env-id CartPole-v1
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread, Timer
 
 import gymnasium as gym
 import numpy as np
@@ -340,25 +342,30 @@ def load_checkpoint(path: str) -> dict:
         raise ValueError(f"--resume {path}: no checkpoint of {__file__}: {error}") from error
 
 
-def track(args: Args, run_dir: Path, rows: SimpleQueue) -> None:
+def track(args: Args, run_dir: Path, rows: SimpleQueue, ready: Event) -> None:
     """Logs rows to W&B until one is None: in a thread, so that the training never waits for it."""
     # Left alone, the client waits minutes to start and forever to finish on a silent server.
-    for setting in "INIT_TIMEOUT=10 FINISH_TIMEOUT=30 ERROR_REPORTING=false QUIET=true".split():
-        os.environ.setdefault(*f"WANDB_{setting}".split("="))
-    import wandb
-
+    settings = "LOGIN_TIMEOUT=60 INIT_TIMEOUT=10 FINISH_TIMEOUT=30 ERROR_REPORTING=false QUIET=true"
+    os.environ |= dict(f"WANDB_{x}".split("=") for x in settings.split()) | os.environ
     names: dict = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-    names |= {"group": args.wandb_group, "id": run_dir.name, "resume": "allow"}
-    try:
-        run = wandb.init(**names, dir=run_dir, config=vars(args), reinit="create_new")
-    except Exception as error:
-        print(f"W&B is offline ({error!r:.300}); to upload the run: wandb sync {run_dir}/wandb")
-        wandb.teardown()  # a failed start keeps the run's id taken
-        run = wandb.init(**names, dir=run_dir, config=vars(args), mode="offline")
-    run.save(__file__, policy="now")
-    for row in iter(rows.get, None):
-        run.log(row, step=row["global_step"])
-    run.finish()
+    names |= {"group": args.wandb_group, "id": run_dir.name, "name": run_dir.name, "dir": run_dir}
+    names |= {"config": vars(args), "resume": "allow", "reinit": "create_new"}
+    for mode in (None, "offline"):
+        try:
+            import wandb
+
+            run = wandb.init(**names, mode=mode)
+            run.save(shutil.copy(__file__, run_dir), base_path=run_dir, policy="now")
+            ready.set()
+            for row in iter(rows.get, None):
+                run.log(row, step=row.get("global_step"))  # None, for the scores, is the last
+            return run.finish()
+        except Exception as error:
+            print(f"W&B is offline ({error!r:.300}); to upload the run: wandb sync {run_dir}/wandb")
+            if mode or isinstance(error, ImportError):
+                return ready.set()
+            with suppress(BaseException):  # what a dead service raises
+                wandb.teardown()  # or a failed start keeps the run's id taken
 
 
 def train(args: Args) -> float:
@@ -407,12 +414,13 @@ def train(args: Args) -> float:
         (folder / "args.json").write_text(json.dumps(record, indent=1))
         save(folder)
         folder.rename(run_dir)
-    rows: SimpleQueue = SimpleQueue()
-    tracker = Thread(target=track, args=(args, run_dir, rows), daemon=True)
+    rows, ready = SimpleQueue[dict | None](), Event()
+    tracker = Thread(target=track, args=(args, run_dir, rows, ready), daemon=True)
     if rank == 0:
         print(f"{run_dir}: {compute_gae.__name__} of {compute_gae.__module__} on {args.device}")
         if args.track:
             tracker.start()
+            ready.wait(120)  # it may ask for a key
         if args.capture_video:  # untrained, which shows at once what filming lacks
             evaluate(agent, args, True, run_dir / f"videos/{global_step}")
     iteration, first_step, stopped, start = 0, global_step, False, time.perf_counter()
@@ -467,8 +475,11 @@ def train(args: Args) -> float:
         if args.capture_video:
             evaluate(agent, args, True, run_dir / f"videos/{global_step}")
     if tracker.is_alive():
-        rows.put(scores)
-        tracker.join(60)
+        for last in (scores, None, None):  # an end for the second W&B run, if there is one
+            rows.put(last)
+        (watchdog := Timer(45, os.system, [f"pkill -KILL -P {os.getpid()} wandb-core"])).start()
+        tracker.join(60)  # a service that is stopped would hold the exit, too
+        watchdog.cancel()
     return scores["greedy"]
 
 
@@ -478,3 +489,5 @@ if __name__ == "__main__":
     if args.resume:  # the run's own arguments, but for those given now
         args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
     train(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
