@@ -69,7 +69,7 @@ class Args:
     clip_coef: float = 0.2  # eps: how far from 1 the ratio still counts
     clip_vloss: bool = False  # clip the change of the value, too
     target_kl: float | None = None  # bound on the KL to the old policy
-    compile: bool = False  # compile the loss: pays after a million steps, needs a C++ compiler
+    compile: bool = False  # compile loss and gradient: pays in long runs, needs a C++ compiler
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
