@@ -252,8 +252,7 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     """One iteration's learning from one batch; returns its metrics."""
     inputs, actions, advantages, returns = estimate(agent, batch, args)
     unexplained = advantages.var(0, False) / returns.var(0, False).clamp_min(1e-8)
-    with torch.no_grad():
-        log_probs = agent.policy(inputs).log_prob(actions)
+    log_probs = agent.policy(inputs).log_prob(actions).detach()
     data, metrics = (inputs, actions, log_probs, advantages, returns), []
     differentiate, (optimizer,) = gradient_and_metrics, optimizers
     if args.compile:  # the gradient, too
