@@ -63,7 +63,7 @@ class Args:
     num_steps: int = 128  # steps of each environment in a rollout
     gae_lambda: float = 0.97  # GAE's lambda: 0 is one-step TD, 1 is Monte Carlo
     norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
-    vf_learning_rate: float = 2e-2  # Adam's step size for the value network
+    vf_learning_rate: float = 1e-2  # Adam's step size for the value network
     vf_epochs: int = 10  # value steps on a rollout
     target_kl: float = 0.01  # bound on the KL to the old policy
     cg_iterations: int = 10  # iterations of conjugate gradients
