@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.hub import tqdm  # or something plainer, where tqdm is not installed
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim.adam import adam
 
 Distribution.set_default_validate_args(False)
 Batch = namedtuple("Batch", "observations actions rewards terminations truncations valid episodes")
@@ -215,7 +214,7 @@ def average(x: Tensor) -> Tensor:
 
 class Adam(nn.Module):
     """Adam (https://arxiv.org/abs/1412.6980) on a network's parameters as one vector. Torch's own
-    kernel, but not its class, which takes seconds to import a compiler, and longer for a step.
+    kernel, but not its class, which takes seconds to import a compiler and longer for a step.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float):
@@ -224,22 +223,24 @@ class Adam(nn.Module):
         self.weights = list(network.parameters())
         self.vector = parameters_to_vector(self.weights).detach()
         vector_to_parameters(self.vector, self.weights)  # they are views of it from now on
-        self.moments = nn.Buffer(self.vector.new_zeros(2, len(self.vector)))
-        self.steps = nn.Buffer(self.vector.new_zeros(()))
+        self.means: Tensor = nn.Buffer(torch.zeros_like(self.vector))
+        self.squares: Tensor = nn.Buffer(torch.zeros_like(self.vector))
+        self.steps: Tensor = nn.Buffer(self.vector.new_zeros(()))
 
     def gradient(self, loss: Tensor) -> Tensor:
         """The gradient of loss, as one vector."""
-        return parameters_to_vector(torch.autograd.grad(loss, self.weights))
+        return torch.cat([x.flatten() for x in torch.autograd.grad(loss, self.weights)])
 
     def step(self, gradient: Tensor, args: Args) -> Tensor:
         """One step down a gradient, clipped; returns the norm that it had."""
         average(gradient)
         grad_norm = gradient.norm()
         gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-        mean, square = self.moments
+        self.steps += 1
+        vectors = [self.vector], [gradient], [self.means], [self.squares]
         rates: dict = {"lr": self.learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
-        rest: dict = {"weight_decay": 0.0, "amsgrad": False, "maximize": False, "fused": True}
-        adam([self.vector], [gradient], [mean], [square], [], [self.steps], **rates, **rest)
+        rates |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
+        torch._fused_adam_(*vectors, [], [self.steps], **rates)
         return grad_norm
 
 
