@@ -138,10 +138,11 @@ class Agent(nn.Module):
         """V(s), (M,), at each of (M, D) inputs."""
         return self.critic(inputs).squeeze(-1)
 
-    @torch.inference_mode()
     def act(self, observations: np.ndarray, greedy: bool = False) -> np.ndarray:
         """One action at each of (N, D) observations: a sample or, if greedy, the most likely."""
-        outputs = self.actor(self.normalize(observations))
+        outputs = self.normalize(observations)
+        for layer in self.actor:  # self.actor(outputs) does the same; its hooks take as long again
+            outputs = layer.forward(outputs)
         if not greedy and self.discrete:  # Gumbel noise makes the largest logit a sample
             outputs -= torch.empty_like(outputs).exponential_().log()
         elif not greedy:
@@ -171,6 +172,7 @@ def make_envs(args: Args, num_envs: int, mode: str | None = None) -> gym.vector.
     return envs
 
 
+@torch.inference_mode()
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
     """Yields num_steps steps of every environment, going on where the last ones were cut.
     Arrays are (T, N, ...); observations' row t + 1, of T + 1, is the true successor of row t.
@@ -257,13 +259,14 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     data, metrics = (inputs, actions, log_probs, advantages, returns), []
     differentiate, (optimizer,) = gradient_and_metrics, optimizers
     if args.compile:  # the gradient, too
-        torch._dynamo.config.trace_autograd_ops = True
+        with suppress(AttributeError):  # torch of before 2026 does not
+            torch._dynamo.config.trace_autograd_ops = True
         differentiate = torch.compile(gradient_and_metrics, dynamic=True)
     # Resets leave at least every other step; the count must be the same in all processes.
     count = min(args.num_minibatches, args.num_envs * (args.num_steps // 2))
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(len(inputs), device=args.device).tensor_split(count):
-            minibatch = (x.index_select(0, rows) for x in data)
+        rows = torch.randperm(len(inputs), device=args.device)
+        for minibatch in zip(*(x[rows].tensor_split(count) for x in data)):
             gradient, parts = differentiate(agent, optimizer, args, *minibatch)
             metrics.append(torch.hstack((parts, optimizer.step(gradient, args))))
         if args.target_kl is not None and average(metrics[-1][3]) > args.target_kl:
@@ -295,6 +298,7 @@ def gradient_and_metrics(agent: Agent, optimizer: Adam, args: Args, *minibatch) 
     return optimizer.gradient(loss), metrics.detach()
 
 
+@torch.inference_mode()
 def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) -> float:
     """Mean return of eval_episodes episodes, one in each of as many new environments."""
     envs = make_envs(args, 1 if video else args.eval_episodes)

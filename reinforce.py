@@ -124,10 +124,11 @@ class Agent(nn.Module):
             return Categorical(logits=self.actor(inputs))
         return Independent(Normal(self.actor(inputs), self.log_std.exp()), 1)
 
-    @torch.inference_mode()
     def act(self, observations: np.ndarray, greedy: bool = False) -> np.ndarray:
         """One action at each of (N, D) observations: a sample or, if greedy, the most likely."""
-        outputs = self.actor(self.normalize(observations))
+        outputs = self.normalize(observations)
+        for layer in self.actor:  # self.actor(outputs) does the same; its hooks take as long again
+            outputs = layer.forward(outputs)
         if not greedy and self.discrete:  # Gumbel noise makes the largest logit a sample
             outputs -= torch.empty_like(outputs).exponential_().log()
         elif not greedy:
@@ -157,6 +158,7 @@ def make_envs(args: Args, num_envs: int, mode: str | None = None) -> gym.vector.
     return envs
 
 
+@torch.inference_mode()
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
     """Yields one whole episode of every environment.
     Arrays are (T, N, ...); observations' row t + 1, of T + 1, is the true successor of row t.
@@ -250,6 +252,7 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     return dict(zip(names, torch.stack(losses).tolist()))
 
 
+@torch.inference_mode()
 def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) -> float:
     """Mean return of eval_episodes episodes, one in each of as many new environments."""
     envs = make_envs(args, 1 if video else args.eval_episodes)
