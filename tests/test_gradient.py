@@ -83,7 +83,7 @@ def table(weights):
     """A network that holds a number for each output and state."""
     network = nn.Linear(NUM_STATES, len(weights), bias=False)
     network.weight.data[:] = weights
-    return network
+    return nn.Sequential(network)
 
 
 def sample(
