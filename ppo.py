@@ -341,7 +341,7 @@ def load_checkpoint(path: str) -> dict:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])
         checkpoint["run"] = file.parent, checkpoint["global_step"], checkpoint["log_size"]
-        return checkpoint
+        return checkpoint | {x: checkpoint[x] for x in ("learners", "return_rms", "rng_state")}
     except Exception as error:
         raise ValueError(f"--resume {path}: no checkpoint of {__file__}: {error}") from error
 

@@ -101,7 +101,7 @@ def test_everything_that_learns_is_restored(tmp_path, monkeypatch):
 
 
 @each
-@pytest.mark.parametrize("kind", ["absent", "truncated", "foreign", "other script"])
+@pytest.mark.parametrize("kind", ["absent", "truncated", "foreign", "incomplete", "other script"])
 def test_what_is_no_checkpoint_is_refused_by_name(script, kind, tmp_path, monkeypatch):
     other = LADDER[LADDER.index(script) - 1]
     run_dir, _ = started(other if kind == "other script" else script, tmp_path, monkeypatch)
@@ -112,6 +112,10 @@ def test_what_is_no_checkpoint_is_refused_by_name(script, kind, tmp_path, monkey
         path.write_bytes(path.read_bytes()[:1000])
     elif kind == "foreign":
         torch.save({"weights": torch.zeros(3)}, path)
+    elif kind == "incomplete":  # as an older version of the script wrote it
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["learners"]
+        torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=f"--resume {path}: no checkpoint of"):
         script.train(script.Args(resume=str(path)))
 
