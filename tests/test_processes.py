@@ -67,6 +67,7 @@ for script in LADDER:
     poison = None
 script.train(replace(args, resume=resumed, total_timesteps=2000))
 print("all well", rank)
+dist.destroy_process_group()  # as the scripts do; without it gloo may abort at the exit
 """
 
 
