@@ -10,6 +10,7 @@ is solved) and gae_share.py (where our time goes), unless told not to, which wri
 own. Takes about half an hour.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -66,7 +67,7 @@ class Options:
     cleanrl: Path | None = None  # CleanRL's ppo.py; it is left out without
     rounds: int = 5  # runs of each program
     total_timesteps: int = 50_000  # steps of each run, rounded up to whole rollouts
-    long_rounds: int = 3  # of runs with and without --compile
+    long_rounds: int = 3  # of runs with and without --compile, and of CleanRL's
     long_timesteps: int = 1_000_000  # steps of those
     also: tuple[str, ...] = ("solved", "gae_share")  # benchmarks to run afterwards
 
@@ -94,6 +95,11 @@ def ours(script: str, flags: str, steps: int) -> list[str]:
     return [str(ROOT / script), *flags.split()]
 
 
+def theirs(cleanrl: Path | None, steps: int) -> dict[str, list[str]]:
+    flags = ["--no-cuda", "--total-timesteps", str(steps)]
+    return {"CleanRL ppo.py": [str(cleanrl.resolve()), *flags]} if cleanrl else {}
+
+
 def programs(cleanrl: Path | None, steps: int) -> dict[str, list[str]]:
     """Command lines by name; every peer's stands after ours, in bold, which it is compared with."""
 
@@ -101,12 +107,10 @@ def programs(cleanrl: Path | None, steps: int) -> dict[str, list[str]]:
         return [str(ROOT / "benchmarks" / "peers.py"), name, str(steps)]
 
     vector = CLEANRL.replace("sync", "vector_entry_point")
-    commands = {"**ppo.py**": ours("ppo.py", CLEANRL, steps)}
-    commands["ppo.py, vector CartPole"] = ours("ppo.py", vector, steps)
-    if cleanrl:
-        flags = ["--no-cuda", "--total-timesteps", str(steps)]
-        commands["CleanRL ppo.py"] = [str(cleanrl.resolve()), *flags]
-    return commands | {
+    return {
+        "**ppo.py**": ours("ppo.py", CLEANRL, steps),
+        "ppo.py, vector CartPole": ours("ppo.py", vector, steps),
+        **theirs(cleanrl, steps),
         "Stable-Baselines3 PPO": peer("sb3_ppo"),
         "rlox PPO": peer("rlox_ppo"),
         "rlox PPO, Rust CartPole": peer("rlox_ppo_rust"),
@@ -136,18 +140,17 @@ def run(command: list[str]) -> dict[str, float]:
         output = log.read()
         if process.returncode:
             raise SystemExit(f"{shlex.join(command)} failed:\n{output[-2000:]}")
-        speed: dict[str, float] = {}
-        if printed := re.findall(r"SPS: ([\d.]+)", output):
-            speed["sps"] = float(printed[-1])
-        else:
+        # (steps, steps a second so far): peers print the latter once, CleanRL after each iteration.
+        rows = [(i, float(x)) for i, x in enumerate(re.findall(r"SPS: ([\d.]+)", output), 1)]
+        if not rows:
             (metrics,) = Path(folder).glob("runs/*/metrics.csv")
-            header, *lines = metrics.read_text().splitlines()
-            names = header.split(",")
-            columns = names.index("global_step"), names.index("charts/SPS")
-            rows = [[float(line.split(",")[i]) for i in columns] for line in lines]
-            (steps, sps), (half, half_sps) = rows[-1], rows[len(rows) // 2 - 1]
-            speed["sps"] = sps
-            speed["last_half_sps"] = (steps - half) / (steps / sps - half / half_sps)
+            with open(metrics) as file:
+                for row in csv.DictReader(file):
+                    rows.append((float(row["global_step"]), float(row["charts/SPS"])))
+    (steps, sps), speed = rows[-1], {"sps": rows[-1][1]}
+    if len(rows) > 1:
+        half, half_sps = rows[len(rows) // 2 - 1]
+        speed["last_half_sps"] = (steps - half) / (steps / sps - half / half_sps)
     unit = 2**20 if platform.system() == "Darwin" else 2**10
     cpu, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
     return speed | {"seconds": seconds, "cpu": cpu, "memory": memory}
@@ -157,7 +160,8 @@ def table(rounds: list[dict[str, dict[str, float]]], long: bool = False) -> str:
     """Medians over rounds; a ratio compares with the last program in bold."""
     keys = ["sps", *["last_half_sps"] * long, "seconds", "cpu", "memory"]
     heads = ["steps/s", *["steps/s of the last half"] * long, "process, s", "CPU, s", "memory, MiB"]
-    heads += ["steps/s, ours / this", "process, this / ours", "memory, this / ours"]
+    heads += [f"steps/s{' of the last half' * long}, ours / this"]
+    heads += ["process, this / ours", "memory, this / ours"]
     lines = ["| program | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     base = ""
     for name in rounds[0]:
@@ -168,9 +172,9 @@ def table(rounds: list[dict[str, dict[str, float]]], long: bool = False) -> str:
             form = ".1f" if key in ("seconds", "cpu") else ",.0f"
             spread = f" [{values[0]:{form}}, {values[-1]:{form}}]" if key == "sps" else ""
             cells.append(f"{statistics.median(values):{form}}{spread}")
-        for key in ("sps", "seconds", "memory"):
+        for key in (keys[long], "seconds", "memory"):
             ratios = (one[name][key] / one[base][key] for one in rounds)
-            ratio = statistics.median(1 / x if key == "sps" else x for x in ratios)
+            ratio = statistics.median(1 / x if key == keys[long] else x for x in ratios)
             cells.append(f"{ratio:.2f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -200,7 +204,8 @@ def main(options: Options) -> None:
     text = f"# Training speed and memory\n\nCartPole-v1, {steps:,} steps, one thread; medians of "
     text += f"{len(rounds)} alternating rounds (`benchmarks/speed.py`).\n\n{table(rounds)}{notes}"
     command = ours("ppo.py", CLEANRL, options.long_timesteps)
-    compared = {"**ppo.py**": command, "ppo.py --compile": [*command, "--compile"]}
+    compared = {"**ppo.py --compile**": [*command, "--compile"], "ppo.py": command}
+    compared |= theirs(options.cleanrl, options.long_timesteps)
     long_rounds = measure(compared, options.long_rounds)
     if long_rounds:
         text += f"\n`--compile` in a long run: {options.long_timesteps:,} steps, CleanRL's "
