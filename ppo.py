@@ -258,8 +258,8 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     log_probs = agent.policy(inputs).log_prob(actions).detach()
     data, metrics = (inputs, actions, log_probs, advantages, returns), []
     differentiate, (optimizer,) = gradient_and_metrics, optimizers
-    if args.compile:  # the gradient, too
-        with suppress(AttributeError):  # torch of before 2026 does not
+    if args.compile:  # the gradient, too, but with torch of before 2026
+        if not getattr(torch._dynamo.config, "trace_autograd_ops", True):  # to set it takes 1 ms
             torch._dynamo.config.trace_autograd_ops = True
         differentiate = torch.compile(gradient_and_metrics, dynamic=True)
     # Resets leave at least every other step; the count must be the same in all processes.
