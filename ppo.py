@@ -6,7 +6,6 @@ Run: python ppo.py --env-id CartPole-v1
 """
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -94,7 +93,7 @@ except ImportError:
 def mlp(num_inputs: int, num_outputs: int, std: float) -> nn.Sequential:
     """Two tanh layers of 64 with orthogonal weights; std scales those of the output."""
     linear = nn.Linear(num_inputs, 64), nn.Linear(64, 64), nn.Linear(64, num_outputs)
-    for layer, gain in zip(linear, (math.sqrt(2), math.sqrt(2), std)):
+    for layer, gain in zip(linear, (2**0.5, 2**0.5, std)):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(linear[0], nn.Tanh(), linear[1], nn.Tanh(), linear[2])
@@ -105,7 +104,7 @@ class Agent(nn.Module):
         super().__init__()
         space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
         self.discrete, self.args = isinstance(space, gym.spaces.Discrete), args
-        num_outputs = int(space.n) if self.discrete else math.prod(space.shape)
+        num_outputs = int(space.n if self.discrete else np.prod(space.shape))
         self.actor = mlp(num_inputs, num_outputs, 0.01)
         self.critic = mlp(num_inputs, 1, 1.0)
         if not self.discrete:
@@ -321,10 +320,10 @@ def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) 
 def check(args: Args) -> None:
     """Raises ValueError, naming the argument and its value, for what cannot work."""
     size, count = args.num_envs * getattr(args, "num_steps", 1), getattr(args, "num_minibatches", 1)
-    bounds = {"gamma": (0, 1), "gae_lambda": (0, 1), "total_timesteps": (size, math.inf)}
-    bounds |= {"num_steps": (2, math.inf), "seed": (0, math.inf)}  # of 2 steps 1 may be a reset
+    bounds = {"gamma": (0, 1), "gae_lambda": (0, 1), "total_timesteps": (size, np.inf)}
+    bounds |= {"num_steps": (2, np.inf), "seed": (0, np.inf)}  # of 2 steps 1 may be a reset
     for name, value in vars(args).items():
-        low, high = bounds.get(name, (int(type(value) is int), math.inf))
+        low, high = bounds.get(name, (int(type(value) is int), np.inf))
         if isinstance(value, int | float) and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
     if size % count:
@@ -442,11 +441,11 @@ def train(args: Args) -> float:
         sums |= losses | {"steps": batch.valid.sum(), "interrupts": len(interrupts)}
         everyone = average(torch.tensor([float(x) for x in sums.values()], device=args.device))
         means = dict(zip(sums, everyone.tolist()))  # the same in all processes: all end together
-        if broken := {name: x for name, x in means.items() if not math.isfinite(x)}:
+        if broken := {name: x for name, x in means.items() if not np.isfinite(x)}:
             raise FloatingPointError(f"step {global_step} of {run_dir}: {broken}")
         steps, stopped = round(means["steps"] * world), means["interrupts"] > 0
         global_step, iteration = global_step + steps, iteration + 1
-        returns, lengths = np.mean(batch.episodes or [(math.nan, math.nan)], axis=0)
+        returns, lengths = np.mean(batch.episodes or [(np.nan, np.nan)], axis=0)
         metrics = {
             "global_step": global_step,
             "charts/episodic_return": returns,
@@ -468,7 +467,7 @@ def train(args: Args) -> float:
         progress.update(steps)
     progress.close()
     envs.close()
-    scores = {"greedy": math.nan}
+    scores = {"greedy": np.nan}
     if stopped and rank == 0:
         print(f"Stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
     elif rank == 0:
