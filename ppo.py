@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections import namedtuple
 from contextlib import suppress
@@ -411,8 +410,8 @@ def train(args: Args) -> float:
 
     if rank == 0 and not args.resume:
         record = vars(args) | {module.__name__: module.__version__ for module in (gym, np, torch)}
-        command = f"git -C '{Path(__file__).parent}' describe --always --dirty"
-        record["commit"] = subprocess.getoutput(command)
+        command = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>&1"
+        record["commit"] = os.popen(command).read().strip()
         (folder := Path(f"{run_dir}.new")).mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps(record, indent=1))
         save(folder)
