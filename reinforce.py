@@ -181,17 +181,15 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
 
 def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
     """For the M valid steps what `update` learns from: M rows of each of its columns."""
-    shape = batch.observations.shape
-    inputs = agent.normalize(batch.observations.reshape(-1, shape[-1]))
+    inputs = agent.normalize(np.concatenate(batch.observations)).view(batch.observations.shape)
     # With V = 0 and lambda = 1 GAE's returns are the discounted sums of the rewards to come.
-    values = np.zeros(shape[:2], dtype=np.float32)
+    values = np.zeros(batch.observations.shape[:2], dtype=np.float32)
     ends = batch.terminations, batch.truncations
     _, returns = compute_gae(batch.rewards, values, *ends, args.gamma, 1.0)
     if not args.reward_to_go:
         returns[:] = returns[0]
-    columns = (inputs.view(shape)[:-1], batch.actions, returns)
-    valid = torch.as_tensor(batch.valid, device=args.device)
-    return [torch.as_tensor(column, device=args.device)[valid] for column in columns]
+    columns = (inputs[:-1], batch.actions, returns)
+    return [torch.as_tensor(column, device=args.device)[batch.valid] for column in columns]
 
 
 def average(x: Tensor) -> Tensor:

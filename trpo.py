@@ -193,15 +193,13 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
 
 def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
     """For the M valid steps what `update` learns from: M rows of each of its columns."""
-    shape = batch.observations.shape
-    inputs = agent.normalize(batch.observations.reshape(-1, shape[-1]))
+    inputs = agent.normalize(np.concatenate(batch.observations)).view(batch.observations.shape)
     with torch.no_grad():
-        values = agent.value(inputs).view(shape[:2]).cpu().numpy()
+        values = agent.value(inputs).cpu().numpy()
     ends = batch.terminations, batch.truncations
     advantages, returns = compute_gae(batch.rewards, values, *ends, args.gamma, args.gae_lambda)
-    columns = (inputs.view(shape)[:-1], batch.actions, advantages, returns)
-    valid = torch.as_tensor(batch.valid, device=args.device)
-    return [torch.as_tensor(column, device=args.device)[valid] for column in columns]
+    columns = (inputs[:-1], batch.actions, advantages, returns)
+    return [torch.as_tensor(column, device=args.device)[batch.valid] for column in columns]
 
 
 def average(x: Tensor) -> Tensor:
