@@ -163,8 +163,8 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
     valid marks the steps to learn from; episodes are the (return, length) of those that ended.
     """
     observation, _ = envs.reset(seed=seed)
+    ended = np.zeros(args.num_envs, dtype=bool)
     while True:
-        ended = np.zeros(args.num_envs, dtype=bool)
         observations, steps, episodes = [observation], [], list[tuple]()
         while not ended.all():
             action, valid = agent.act(observation), ~ended
@@ -176,7 +176,7 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
                 episodes += zip(*(infos["episode"][key][ended & valid] for key in "rl"))
         columns = map(np.stack, zip(*steps))
         yield Batch._make((np.stack(observations, dtype=np.float32), *columns, episodes))
-        observation, _ = envs.reset()
+        observation, ended[:] = envs.reset()[0], False
 
 
 def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
