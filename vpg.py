@@ -225,14 +225,12 @@ class Adam(nn.Module):
 
     def step(self, gradient: Tensor, args: Args) -> Tensor:
         """One step down a gradient, clipped; returns the norm that it had."""
-        average(gradient)
-        grad_norm = gradient.norm()
+        grad_norm = average(gradient).norm()
         gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
         self.steps += 1
-        vectors = [self.vector], [gradient], [self.means], [self.squares]
+        state: list = [[self.vector], [gradient], [self.means], [self.squares], [], [self.steps]]
         rates: dict = {"lr": self.learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
-        rates |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
-        torch._fused_adam_(*vectors, [], [self.steps], **rates)
+        torch._fused_adam_(*state, **rates, weight_decay=0, amsgrad=False, maximize=False)
         return grad_norm
 
 
