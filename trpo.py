@@ -216,7 +216,7 @@ class Adam(nn.Module):
 
     def __init__(self, network: nn.Module, learning_rate: float):
         super().__init__()
-        self.initial_rate = self.learning_rate = learning_rate
+        self.learning_rate, self.remaining = learning_rate, 1.0  # annealing lowers the latter
         self.weights = list(network.parameters())
         self.vector = parameters_to_vector(self.weights).detach()
         vector_to_parameters(self.vector, self.weights)  # they are views of it from now on
@@ -234,8 +234,8 @@ class Adam(nn.Module):
         gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
         self.steps += 1
         state: list = [[self.vector], [gradient], [self.means], [self.squares], [], [self.steps]]
-        rates: dict = {"lr": self.learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
-        torch._fused_adam_(*state, **rates, weight_decay=0, amsgrad=False, maximize=False)
+        rates: dict = {"lr": self.learning_rate * self.remaining, "beta1": 0.9, "beta2": 0.999}
+        torch._fused_adam_(*state, **rates, eps=1e-5, weight_decay=0, amsgrad=False, maximize=False)
         return grad_norm
 
 
@@ -443,8 +443,7 @@ def train(args: Args) -> float:
     progress = tqdm(total=total, initial=global_step, unit=" steps", disable=rank > 0)
     while global_step < total and not stopped:
         for optimizer in optimizers:
-            remaining = 1 - global_step / total if args.anneal_lr else 1.0
-            optimizer.learning_rate = optimizer.initial_rate * remaining
+            optimizer.remaining = 1 - args.anneal_lr * global_step / total
         batch = next(batches)
         losses = update(agent, optimizers, batch, args)
         if args.normalize_observations:
@@ -462,7 +461,7 @@ def train(args: Args) -> float:
             "global_step": global_step,
             "charts/episodic_return": returns,
             "charts/episodic_length": lengths,
-            "charts/learning_rate": optimizers[0].learning_rate,
+            "charts/learning_rate": optimizers[0].learning_rate * optimizers[0].remaining,
             "charts/SPS": (global_step - first_step) / (time.perf_counter() - start),
         } | {f"losses/{name}": means[name] for name in losses}
         if rank == 0:
