@@ -240,10 +240,9 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     policy = agent.policy(inputs)
     policy_loss = -(policy.log_prob(actions) * returns).sum() / args.num_envs
     (actor,) = optimizers
-    grad_norm = actor.step(actor.gradient(policy_loss), args)
-    names = ("policy_loss", "entropy", "grad_norm")
-    losses = (policy_loss, policy.entropy().mean(), grad_norm)
-    return dict(zip(names, torch.stack(losses).tolist()))
+    losses = {"policy_loss": policy_loss, "entropy": policy.entropy().mean()}
+    losses["grad_norm"] = actor.step(actor.gradient(policy_loss), args)
+    return {name: loss.item() for name, loss in losses.items()}
 
 
 @torch.inference_mode()

@@ -300,13 +300,13 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
         else:
             vector_to_parameters(old_parameters, parameters)
             surrogate, kl, fraction = old_surrogate, *kl.new_zeros(2)
+    losses = {"policy_loss": -surrogate, "entropy": old_policy.entropy().mean()}
+    losses |= {"kl": kl, "step_fraction": fraction}
     for _ in range(args.vf_epochs):
         value_loss = 0.5 * (agent.value(inputs) - returns).square().mean()
         critic.step(critic.gradient(value_loss), args)
-    names = ("policy_loss", "value_loss", "entropy", "kl", "step_fraction", "explained_variance")
-    entropy = old_policy.entropy().mean()
-    losses = (-surrogate, value_loss, entropy, kl, fraction, 1 - unexplained)
-    return dict(zip(names, torch.stack(losses).tolist()))
+    losses |= {"value_loss": value_loss, "explained_variance": 1 - unexplained}
+    return {name: loss.item() for name, loss in losses.items()}
 
 
 @torch.inference_mode()

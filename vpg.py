@@ -248,13 +248,13 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
         advantages = nn.functional.layer_norm(advantages, advantages.shape, eps=1e-8)
     policy_loss = -(policy.log_prob(actions) * advantages).mean()
     actor, critic = optimizers
-    grad_norm = actor.step(actor.gradient(policy_loss), args)
+    losses = {"policy_loss": policy_loss, "entropy": policy.entropy().mean()}
+    losses["grad_norm"] = actor.step(actor.gradient(policy_loss), args)
     for _ in range(args.vf_epochs):
         value_loss = 0.5 * (agent.value(inputs) - returns).square().mean()
         critic.step(critic.gradient(value_loss), args)
-    names = ("policy_loss", "value_loss", "entropy", "grad_norm", "explained_variance")
-    losses = (policy_loss, value_loss, policy.entropy().mean(), grad_norm, 1 - unexplained)
-    return dict(zip(names, torch.stack(losses).tolist()))
+    losses |= {"value_loss": value_loss, "explained_variance": 1 - unexplained}
+    return {name: loss.item() for name, loss in losses.items()}
 
 
 @torch.inference_mode()
