@@ -171,7 +171,7 @@ def make_envs(args: Args, num_envs: int, mode: str | None = None) -> gym.vector.
 
 @torch.inference_mode()
 def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
-    """Yields num_steps steps of every environment, going on where the last ones were cut.
+    """Yields batch after batch of all environments' steps; the inner loop says how many.
     Arrays are (T, N, ...); observations' row t + 1, of T + 1, is the true successor of row t.
     valid marks the steps to learn from; episodes are the (return, length) of those that ended.
     """
@@ -179,7 +179,7 @@ def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
     ended = np.zeros(args.num_envs, dtype=bool)
     while True:
         observations, steps, episodes = [observation], [], list[tuple]()
-        for _ in range(args.num_steps):
+        for _ in range(args.num_steps):  # it goes on where the last batch was cut
             action, valid = agent.act(observation), ~ended
             observation, reward, termination, truncation, infos = envs.step(action)
             observations.append(observation)
