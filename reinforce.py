@@ -39,16 +39,8 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # decides everything: parameters, actions, environments, minibatches
-    total_timesteps: int = 200_000  # environment steps to train for, over all environments
-    num_envs: int = 8  # environments stepped side by side
-    vectorization_mode: str | None = None  # sync or async; None leaves it to Gymnasium
     device: str = "cpu"  # where the networks live; small ones are fastest on the CPU
-    learning_rate: float = 2e-3  # Adam's step size
-    anneal_lr: bool = True  # lower the learning rate linearly to zero
-    gamma: float = 0.99  # discount factor
-    max_grad_norm: float = 0.5  # longest gradient of one optimizer step
-    normalize_observations: bool = False  # scale observations by their running statistics
-    normalize_rewards: bool = False  # scale rewards by the running deviation of the return
+    vectorization_mode: str | None = None  # sync or async; None leaves it to Gymnasium
     eval_episodes: int = 100  # episodes of the evaluation at the end
     capture_video: bool = False  # film an evaluation episode, into the run folder's videos/
     checkpoint_interval: int = 10  # iterations from one checkpoint to the next
@@ -57,6 +49,14 @@ class Args:
     wandb_project_name: str = "policy-ladder"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group of runs
+    num_envs: int = 8  # environments stepped side by side
+    gamma: float = 0.99  # discount factor
+    max_grad_norm: float = 0.5  # longest gradient of one optimizer step
+    normalize_observations: bool = False  # scale observations by their running statistics
+    normalize_rewards: bool = False  # scale rewards by the running deviation of the return
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    total_timesteps: int = 200_000  # environment steps to train for, over all environments
+    learning_rate: float = 2e-3  # Adam's step size
     reward_to_go: bool = True  # weigh an action by the rewards after it, not by all of the episode
 
 

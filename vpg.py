@@ -38,16 +38,8 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # decides everything: parameters, actions, environments, minibatches
-    total_timesteps: int = 50_000  # environment steps to train for, over all environments
-    num_envs: int = 8  # environments stepped side by side
-    vectorization_mode: str | None = None  # sync or async; None leaves it to Gymnasium
     device: str = "cpu"  # where the networks live; small ones are fastest on the CPU
-    learning_rate: float = 5e-3  # Adam's step size
-    anneal_lr: bool = True  # lower the learning rate linearly to zero
-    gamma: float = 0.99  # discount factor
-    max_grad_norm: float = 0.5  # longest gradient of one optimizer step
-    normalize_observations: bool = False  # scale observations by their running statistics
-    normalize_rewards: bool = False  # scale rewards by the running deviation of the return
+    vectorization_mode: str | None = None  # sync or async; None leaves it to Gymnasium
     eval_episodes: int = 100  # episodes of the evaluation at the end
     capture_video: bool = False  # film an evaluation episode, into the run folder's videos/
     checkpoint_interval: int = 10  # iterations from one checkpoint to the next
@@ -56,11 +48,19 @@ class Args:
     wandb_project_name: str = "policy-ladder"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group of runs
+    num_envs: int = 8  # environments stepped side by side
+    gamma: float = 0.99  # discount factor
+    max_grad_norm: float = 0.5  # longest gradient of one optimizer step
+    normalize_observations: bool = False  # scale observations by their running statistics
+    normalize_rewards: bool = False  # scale rewards by the running deviation of the return
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    total_timesteps: int = 50_000  # environment steps to train for, over all environments
+    learning_rate: float = 5e-3  # Adam's step size
     num_steps: int = 128  # steps of each environment in a rollout
     gae_lambda: float = 0.97  # GAE's lambda: 0 is one-step TD, 1 is Monte Carlo
     norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
-    vf_learning_rate: float = 2e-2  # Adam's step size for the value network
     vf_epochs: int = 10  # value steps on a rollout
+    vf_learning_rate: float = 2e-2  # Adam's step size for the value network
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
