@@ -12,7 +12,6 @@ import shutil
 import signal
 import time
 from collections import namedtuple
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,7 +243,7 @@ def make_optimizers(agent: Agent, args: Args) -> list[Adam]:
     return [Adam(agent.critic, args.vf_learning_rate)]
 
 
-def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+def conjugate_gradient(product, b: Tensor, iterations: int) -> Tensor:
     """Solves A x = b for a positive definite A that is known only by product(v) = A v."""
     x, residual, direction = torch.zeros_like(b), b, b
     for _ in range(iterations):
