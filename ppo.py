@@ -249,8 +249,8 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     """One iteration's learning from one batch; returns its metrics."""
     inputs, actions, advantages, returns = estimate(agent, batch, args)
     unexplained = advantages.var(0, False) / returns.var(0, False).clamp_min(1e-8)
-    log_probs = agent.policy(inputs).log_prob(actions).detach()
-    data, metrics = (inputs, actions, log_probs, advantages, returns), []
+    policy = agent.policy(inputs)
+    data, metrics = (inputs, actions, policy.log_prob(actions).detach(), advantages, returns), []
     differentiate, (optimizer,) = gradient_and_metrics, optimizers
     if args.compile:  # the gradient, too, but with torch of before 2026
         if not getattr(torch._dynamo.config, "trace_autograd_ops", True):  # to set it takes 1 ms
