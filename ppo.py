@@ -440,13 +440,11 @@ def train(args: Args) -> float:
         steps, stopped = round(means["steps"] * world), means["interrupts"] > 0
         global_step, iteration = global_step + steps, iteration + 1
         returns, lengths = np.mean(batch.episodes or [(np.nan, np.nan)], axis=0)
-        metrics = {
-            "global_step": global_step,
-            "charts/episodic_return": returns,
-            "charts/episodic_length": lengths,
-            "charts/learning_rate": optimizers[0].learning_rate * optimizers[0].remaining,
-            "charts/SPS": (global_step - first_step) / (time.perf_counter() - start),
-        } | {f"losses/{name}": means[name] for name in losses}
+        sps = (global_step - first_step) / (time.perf_counter() - start)
+        rate = optimizers[0].learning_rate * optimizers[0].remaining
+        metrics = {"global_step": global_step, "charts/SPS": sps, "charts/learning_rate": rate}
+        metrics |= {"charts/episodic_return": returns, "charts/episodic_length": lengths}
+        metrics |= {f"losses/{name}": means[name] for name in losses}
         if rank == 0:
             with open(run_dir / "metrics.csv", "a") as file:
                 file.truncate(log_size)  # drops what a killed run wrote after its checkpoint
