@@ -429,8 +429,7 @@ def train(args: Args) -> float:
             optimizer.remaining = 1 - args.anneal_lr * global_step / total
         batch = next(batches)
         losses = update(agent, optimizers, batch, args)
-        if args.normalize_observations:
-            agent.observe(batch.observations)
+        agent.observe(batch.observations)
         sums = {"observations": batch.observations.sum(), "rewards": batch.rewards.sum()}
         sums |= losses | {"steps": batch.valid.sum(), "interrupts": len(interrupts)}
         everyone = average(torch.tensor([float(x) for x in sums.values()], device=args.device))
