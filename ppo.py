@@ -220,8 +220,7 @@ class Adam(nn.Module):
         self.weights = list(network.parameters())
         self.vector = parameters_to_vector(self.weights).detach()
         vector_to_parameters(self.vector, self.weights)  # they are views of it from now on
-        self.means: Tensor = nn.Buffer(torch.zeros_like(self.vector))
-        self.squares: Tensor = nn.Buffer(torch.zeros_like(self.vector))
+        self.moments: Tensor = nn.Buffer(self.vector.new_zeros(2, len(self.vector)))
         self.steps: Tensor = nn.Buffer(self.vector.new_zeros(()))
 
     def gradient(self, loss: Tensor) -> Tensor:
@@ -233,7 +232,7 @@ class Adam(nn.Module):
         grad_norm = average(gradient).norm()
         gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
         self.steps += 1
-        state: list = [[self.vector], [gradient], [self.means], [self.squares], [], [self.steps]]
+        state: list = [[x] for x in (self.vector, gradient, *self.moments)] + [[], [self.steps]]
         rates: dict = {"lr": self.learning_rate * self.remaining, "beta1": 0.9, "beta2": 0.999}
         torch._fused_adam_(*state, **rates, eps=1e-5, weight_decay=0, amsgrad=False, maximize=False)
         return grad_norm
