@@ -250,7 +250,7 @@ def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> di
     policy = agent.policy(inputs)
     data, metrics = (inputs, actions, policy.log_prob(actions).detach(), advantages, returns), []
     differentiate, (optimizer,) = gradient_and_metrics, optimizers
-    if args.compile:  # the gradient, too, but with torch of before 2026
+    if args.compile:  # the gradient, too, unless torch is older than 2026
         if not getattr(torch._dynamo.config, "trace_autograd_ops", True):  # to set it takes 1 ms
             torch._dynamo.config.trace_autograd_ops = True
         differentiate = torch.compile(gradient_and_metrics, dynamic=True)
