@@ -140,7 +140,8 @@ def make_envs(args: Args, num_envs: int, mode: str | None = None) -> gym.vector.
         options: dict = {"render_mode": "rgb_array"} if args.capture_video else {}
         envs = gym.make_vec(args.env_id, num_envs, mode, **options)
     except (gym.error.Error, ValueError) as error:
-        raise ValueError(f"--env-id {args.env_id}: {error}; --vectorization-mode {mode}") from error
+        name = f"--env-id {args.env_id}" + f" --vectorization-mode {mode}" * (mode is not None)
+        raise ValueError(f"{name}: {error}") from error
     observations, actions = envs.single_observation_space, envs.single_action_space
     mode, served = envs.metadata.get("autoreset_mode"), gym.spaces.Box | gym.spaces.Discrete
     if not (isinstance(actions, served) and observations.is_np_flattenable):
