@@ -4,7 +4,7 @@
 
 ppo.py and CleanRL's, each at its defaults, run in turn, a new process of watch.py for every seed.
 After each iteration the policy is evaluated while the clocks stand still. Many policies pass once
-by luck and fail at the next look, so it counts when all looks over 5,000 steps are passed; the
+by luck and soon fail again, so it counts when all looks over watch.LASTING steps are passed; the
 first pass is told, too. Training time counts from the first reset, command time from the start of
 the process, with all that the script imports. Writes benchmarks/results/solved.md and solved.json;
 takes six minutes.
@@ -23,9 +23,10 @@ from pathlib import Path
 
 import tyro
 from speed import RESULTS, ROOT, about
+from watch import LASTING
 
 WHEN = {
-    "lasting": "For good, that is at every look over the 5,000 steps that follow",
+    "lasting": f"For good, that is at every look over the {LASTING:,} steps that follow",
     "first": "For the first time, if only at one look",
 }
 
