@@ -1,86 +1,248 @@
-"""Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
+"""Proximal Policy Optimization: VPG with a clipped ratio of probabilities.
 
-VPG + a clipped probability ratio, which makes several epochs of minibatches over one rollout safe:
-    L(theta) = E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi_theta(a|s) / pi_old(a|s)
+The clip makes it safe to learn from one rollout for several epochs of minibatches.
+    maximize E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi(a|s) / pi_old(a|s)
+Paper: Schulman et al. 2017, https://arxiv.org/abs/1707.06347
 Run: python ppo.py --env-id CartPole-v1
 """
 
 import json
-import os
-import shutil
-import signal
+import sys
 import time
-from collections import namedtuple
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Thread, Timer
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
+from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import vector as wrappers
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.hub import tqdm  # or something plainer, where tqdm is not installed
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-
-Distribution.set_default_validate_args(False)
-Batch = namedtuple("Batch", "observations actions rewards terminations truncations valid episodes")
-interrupts: list = []  # Ctrl-C appends to it, which ends the training after its iteration
+from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"  # Gymnasium id of the environment
-    exp_name: str = Path(__file__).stem  # part of the run folder's name
-    seed: int = 1  # decides everything: parameters, actions, environments, minibatches
-    device: str = "cpu"  # where the networks live; small ones are fastest on the CPU
-    vectorization_mode: str | None = None  # sync or async; None leaves it to Gymnasium
-    eval_episodes: int = 100  # episodes of the evaluation at the end
-    capture_video: bool = False  # film an evaluation episode, into the run folder's videos/
-    checkpoint_interval: int = 10  # iterations from one checkpoint to the next
-    resume: str | None = None  # run folder or checkpoint to go on with
-    track: bool = False  # log to Weights & Biases, too
+    exp_name: str = "ppo"  # part of the run folder's name
+    seed: int = 1  # seed of parameters, actions and environments
+    device: str = "cpu"  # PyTorch device of the networks
+    track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
-    wandb_group: str | None = None  # W&B group of runs
-    num_envs: int = 8  # environments stepped side by side
-    gamma: float = 0.99  # discount factor
-    max_grad_norm: float = 0.5  # longest gradient of one optimizer step
-    normalize_observations: bool = False  # scale observations by their running statistics
-    normalize_rewards: bool = False  # scale rewards by the running deviation of the return
-    anneal_lr: bool = True  # lower the learning rate linearly to zero
-    total_timesteps: int = 50_000  # environment steps to train for, over all environments
-    learning_rate: float = 5e-3  # Adam's step size
+    eval_episodes: int = 100  # greedy episodes after training
+    save_interval: int = 10  # iterations between checkpoints
+    resume: str | None = None  # checkpoint to start from
+
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment
+    num_envs: int = 8  # environments stepped in parallel
+    vectorization_mode: Literal["sync", "async"] | None = None  # None: Gymnasium's choice
+    normalize_observations: bool = False  # scale observations to mean 0 and deviation 1
+    normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
+
+    total_timesteps: int = 50_000  # steps of all environments together
     num_steps: int = 128  # steps of each environment in a rollout
-    gae_lambda: float = 0.97  # GAE's lambda: 0 is one-step TD, 1 is Monte Carlo
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
+    anneal_lr: bool = True  # decrease learning rates linearly to 0
+    max_grad_norm: float = 0.5  # gradients are clipped to this norm
+    learning_rate: float = 5e-3  # learning rate
+    update_epochs: int = 6  # epochs over each rollout
+    num_minibatches: int = 4  # minibatches in an epoch
+    clip_coef: float = 0.2  # eps of the clipped objective
+    clip_vloss: bool = False  # clip the value function's change, too
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.01  # weight of the entropy bonus
-    num_minibatches: int = 4  # minibatches in an epoch
-    update_epochs: int = 6  # epochs over a rollout
-    clip_coef: float = 0.2  # eps: how far from 1 the ratio still counts
-    clip_vloss: bool = False  # clip the change of the value, too
-    target_kl: float | None = None  # bound on the KL to the old policy
-    compile: bool = False  # compile loss and gradient: pays in long runs, needs a C++ compiler
+    target_kl: float | None = None  # ends the epochs once the KL to the old policy is larger
+
+
+class ArgumentError(ValueError):
+    """An argument that cannot work."""
+
+
+def check_args(args: Args) -> Args:
+    """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
+    values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
+    for name, value in values.items():
+        if type(value) is int and value < 1 and name != "seed":
+            raise ArgumentError(f"{name} = {value}: must be at least 1")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= values[name] <= 1:
+            raise ArgumentError(f"{name} = {values[name]}: must be from 0 to 1")
+    if args.total_timesteps < args.num_envs * args.num_steps:
+        raise ArgumentError(f"total_timesteps = {args.total_timesteps}: less than one rollout")
+    if 2 * args.num_minibatches > args.num_envs * args.num_steps:
+        raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
+    if args.resume and not Path(args.resume).is_file():
+        raise ArgumentError(f"resume = {args.resume}: no such file")
+    try:
+        torch.zeros(1, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise ArgumentError(f"device = {args.device}: {error}") from error
+    return Args(**values)
+
+
+def make_envs(args: Args, num_envs: int) -> VectorEnv:
+    """Environments with flat observations. They clip continuous actions to their bounds."""
+    try:
+        envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode)
+    except (gym.error.Error, ImportError) as error:
+        raise ArgumentError(f"env_id = {args.env_id}: {error}") from error
+    if envs.metadata["autoreset_mode"] != gym.vector.AutoresetMode.NEXT_STEP:
+        raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
+    space: Any = envs.action_space
+    discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
+    if not discrete and space.dtype not in (np.float32, np.float64):
+        raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
+
+    def to_space(actions: np.ndarray) -> np.ndarray:
+        if discrete:
+            return actions + space.start
+        return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+
+    if len(envs.single_observation_space.shape or ()) != 1:
+        envs = wrappers.FlattenObservation(envs)
+    return wrappers.TransformAction(envs, to_space)
+
+
+def mlp(num_inputs: int, num_outputs: int, output_gain: float) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units, with orthogonal initial weights."""
+    layers = [nn.Linear(num_inputs, 64), nn.Linear(64, 64), nn.Linear(64, num_outputs)]
+    for layer, gain in zip(layers, (2**0.5, 2**0.5, output_gain)):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen so far, merged as in Chan et al. (1979)."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.mean: Tensor = nn.Buffer(torch.zeros(num_features, dtype=torch.float64))
+        self.var: Tensor = nn.Buffer(torch.ones(num_features, dtype=torch.float64))
+        self.count: Tensor = nn.Buffer(torch.zeros(1, dtype=torch.float64))
+
+    def update(self, rows: Tensor) -> None:
+        """Adds rows (M, num_features)."""
+        rows = rows.to(self.mean)
+        self.count += len(rows)
+        weight = len(rows) / self.count
+        delta = rows.mean(0) - self.mean
+        self.mean += weight * delta
+        self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
+
+
+class Agent(nn.Module):
+    """A policy and a value function of observations (..., num_inputs)."""
+
+    def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
+        super().__init__()
+        self.config = (num_inputs, num_actions, continuous, normalize)  # to make it again
+        self.continuous = continuous
+        self.normalize = normalize
+        self.obs_stats = RunningMeanStd(num_inputs)
+        self.return_stats = RunningMeanStd(1)
+        self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
+        self.critic = mlp(num_inputs, 1, output_gain=1.0)
+        if continuous:
+            self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
+
+    def inputs(self, obs) -> Tensor:
+        """Observations as the networks see them: float32, normalized if asked for."""
+        x = torch.as_tensor(obs, device=self.obs_stats.mean.device)
+        if self.normalize:
+            x = (x - self.obs_stats.mean) / torch.sqrt(self.obs_stats.var + 1e-8)
+            x = x.clamp(-10, 10)
+        return x.float()
+
+    def policy(self, obs) -> Distribution:
+        """pi(a|s) at each observation."""
+        outputs = self.actor(self.inputs(obs))
+        if self.continuous:
+            std = self.actor.get_parameter("log_std").exp()
+            return Independent(Normal(outputs, std, validate_args=False), 1)
+        return Categorical(logits=outputs, validate_args=False)
+
+    def value(self, obs) -> Tensor:
+        """V(s) at each observation."""
+        return self.critic(self.inputs(obs)).squeeze(-1)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
+        """An action at each observation: the most likely one if greedy, else a sample."""
+        policy = self.policy(obs)
+        action = policy.mode if greedy else policy.sample()
+        return action.cpu().numpy()
+
+
+@dataclass
+class EnvState:
+    """Where N environments stand between two rollouts."""
+
+    obs: np.ndarray  # (N, D)
+    done: np.ndarray  # (N,), bool: the episode has ended, so the next step only resets
+    episode_return: np.ndarray  # (N,), float64: sum of the episode's rewards so far
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments."""
+
+    obs: np.ndarray  # (T + 1, N, D): obs[t + 1] is where step t led, even if that ended an episode
+    actions: np.ndarray  # (T, N) or (T, N, A), as sampled
+    rewards: np.ndarray  # (T, N), float32
+    terminations: np.ndarray  # (T, N), bool
+    truncations: np.ndarray  # (T, N), bool
+    valid: np.ndarray  # (T, N), bool: False for reset steps, which are not training data
+    episode_returns: list[float]  # of the episodes that ended
+
+
+def collect_rollout(agent: Agent, envs: VectorEnv, state: EnvState, args: Args) -> Rollout:
+    """Steps the environments num_steps times from their state, and updates the state."""
+    obs = np.zeros((args.num_steps + 1, *state.obs.shape), state.obs.dtype)
+    actions = []
+    rewards = np.zeros((args.num_steps, args.num_envs), np.float32)
+    terminations = np.zeros_like(rewards, bool)
+    truncations = np.zeros_like(rewards, bool)
+    valid = np.zeros_like(rewards, bool)
+    episode_returns = []
+
+    obs[0] = state.obs
+    for t in range(args.num_steps):
+        valid[t] = ~state.done
+        actions.append(agent.act(obs[t]))
+        obs[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(actions[t])
+        state.done = terminations[t] | truncations[t]
+        state.episode_return += rewards[t]
+        episode_returns.extend(state.episode_return[state.done])
+        state.episode_return[state.done] = 0
+    state.obs = obs[-1]
+    return Rollout(
+        obs, np.stack(actions), rewards, terminations, truncations, valid, episode_returns
+    )
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), backwards in time.
-    rewards, terminations, truncations: (T, N) or (T,); values: a row more, the last the bootstrap.
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
+
+    rewards, terminations, truncations: (T, N) or (T,). values: a row more, the last to bootstrap.
     All float32 or float64, flags bool. Returns (advantages, returns), shaped like rewards.
     """
-    discounts = float(gamma) * (~terminations).astype(values.dtype)
-    decays = float(gamma * gae_lambda) * (~(terminations | truncations)).astype(values.dtype)
-    deltas = rewards + discounts * values[1:] - values[:-1]
-    advantages, advantage = np.empty_like(deltas), 0
-    for t in reversed(range(len(deltas))):
-        advantages[t] = advantage = deltas[t] + decays[t] * advantage
-    return advantages, advantages + values[:-1]
+    gamma, gae_lambda = float(gamma), float(gae_lambda)
+    advantages = np.zeros_like(rewards)
+    last_gae = 0.0
+    for t in reversed(range(len(rewards))):
+        # A time limit cuts the sum, but V(s) still stands for what would have followed.
+        nonterminal = (~terminations[t]).astype(values.dtype)
+        unbroken = (~(terminations[t] | truncations[t])).astype(values.dtype)
+        delta = rewards[t] + gamma * values[t + 1] * nonterminal - values[t]
+        last_gae = delta + gamma * gae_lambda * unbroken * last_gae
+        advantages[t] = last_gae
+    returns = advantages + values[:-1]
+    return advantages, returns
 
 
 try:
@@ -89,398 +251,218 @@ except ImportError:
     compute_gae = compute_gae_python
 
 
-def mlp(num_inputs: int, num_outputs: int, std: float) -> nn.Sequential:
-    """Two tanh layers of 64 with orthogonal weights; std scales those of the output."""
-    linear = nn.Linear(num_inputs, 64), nn.Linear(64, 64), nn.Linear(64, num_outputs)
-    for layer, gain in zip(linear, (2**0.5, 2**0.5, std)):
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(linear[0], nn.Tanh(), linear[1], nn.Tanh(), linear[2])
+class Batch(NamedTuple):
+    """The M valid steps of a rollout."""
+
+    obs: Tensor  # (M, D)
+    actions: Tensor  # (M,) or (M, A)
+    values: Tensor  # (M,): V(s) before the update
+    advantages: Tensor  # (M,)
+    returns: Tensor  # (M,): targets of V(s)
 
 
-class Agent(nn.Module):
-    def __init__(self, envs, args: Args):
-        super().__init__()
-        space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
-        self.discrete, self.args = isinstance(space, gym.spaces.Discrete), args
-        num_outputs = int(space.n if self.discrete else np.prod(space.shape))
-        self.actor = mlp(num_inputs, num_outputs, 0.01)
-        self.critic = mlp(num_inputs, 1, 1.0)
-        if not self.discrete:
-            self.actor.log_std = self.log_std = nn.Parameter(torch.full((num_outputs,), -0.5))
-        self.powers: Tensor = nn.Buffer(torch.zeros(3, num_inputs, dtype=torch.float64))
-        self.statistics: Tensor = nn.Buffer(torch.tensor([[0.0], [1.0]]).repeat(1, num_inputs))
-
-    def observe(self, observations: np.ndarray) -> None:
-        """Takes a rollout's (T, N, D) observations into the running mean and variance."""
-        x = torch.as_tensor(observations, dtype=torch.float64, device=self.args.device)
-        self.powers += average(torch.stack([(x**power).mean((0, 1)) for power in range(3)]))
-        mean, square = self.powers[1:] / self.powers[0]
-        self.statistics[:] = torch.stack((mean, square - mean**2))
-
-    def normalize(self, observations: np.ndarray) -> Tensor:
-        """The networks' inputs at (M, D) observations: these or, if asked for, scaled ones."""
-        x = torch.as_tensor(observations, dtype=torch.float32, device=self.args.device)
-        if not self.args.normalize_observations:
-            return x
-        mean, variance = self.statistics
-        return nn.functional.batch_norm(x, mean, variance, eps=1e-8).clamp(-10, 10)
-
-    def policy(self, inputs: Tensor) -> Distribution:
-        """The distribution of the actions at each of (M, D) inputs."""
-        if self.discrete:
-            return Categorical(logits=self.actor(inputs))
-        return Independent(Normal(self.actor(inputs), self.log_std.exp()), 1)
-
-    def value(self, inputs: Tensor) -> Tensor:
-        """V(s), (M,), at each of (M, D) inputs."""
-        return self.critic(inputs).squeeze(-1)
-
-    def act(self, observations: np.ndarray, greedy: bool = False) -> np.ndarray:
-        """One action at each of (N, D) observations: a sample or, if greedy, the most likely."""
-        outputs = self.normalize(observations)
-        for layer in self.actor:  # self.actor(outputs) does the same; its hooks take as long again
-            outputs = layer.forward(outputs)
-        if not greedy and self.discrete:  # Gumbel noise makes the largest logit a sample
-            outputs -= torch.empty_like(outputs).exponential_().log()
-        elif not greedy:
-            outputs += torch.randn_like(outputs) * self.log_std.exp()
-        return (outputs.argmax(-1) if self.discrete else outputs).cpu().numpy()
-
-
-def make_envs(args: Args, num_envs: int, mode: str | None = None) -> gym.vector.VectorEnv:
-    """num_envs environments with flat observations and actions, which are clipped to the bounds."""
-    try:
-        options: dict = {"render_mode": "rgb_array"} if args.capture_video else {}
-        envs = gym.make_vec(args.env_id, num_envs, mode, **options)
-    except (gym.error.Error, ValueError) as error:
-        name = f"--env-id {args.env_id}" + f" --vectorization-mode {mode}" * (mode is not None)
-        raise ValueError(f"{name}: {error}") from error
-    observations, actions = envs.single_observation_space, envs.single_action_space
-    mode, served = envs.metadata.get("autoreset_mode"), gym.spaces.Box | gym.spaces.Discrete
-    if not (isinstance(actions, served) and observations.is_np_flattenable):
-        raise ValueError(f"--env-id {args.env_id}: cannot serve {observations} with {actions}")
-    if getattr(actions, "start", 0) != 0 or mode != gym.vector.AutoresetMode.NEXT_STEP:
-        raise ValueError(f"--env-id {args.env_id}: {actions} must start at 0, {mode} be NEXT_STEP")
-    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
-        envs = wrappers.FlattenObservation(envs)
-    if isinstance(actions, gym.spaces.Box):
-        low, high = actions.low, actions.high
-        envs = wrappers.TransformAction(envs, lambda a: a.reshape(-1, *low.shape).clip(low, high))
-    return envs
-
-
-@torch.inference_mode()
-def rollouts(agent: Agent, envs: gym.vector.VectorEnv, args: Args, seed: int):
-    """Yields batch after batch of all environments' steps; the inner loop says how many.
-    Arrays are (T, N, ...); observations' row t + 1, of T + 1, is the true successor of row t.
-    valid marks the steps to learn from; episodes are the (return, length) of those that ended.
-    """
-    observation, _ = envs.reset(seed=seed)
-    ended = np.zeros(args.num_envs, dtype=bool)
-    while True:
-        observations, steps, episodes = [observation], [], list[tuple]()
-        for _ in range(args.num_steps):  # it goes on where the last batch was cut
-            action, valid = agent.act(observation), ~ended
-            observation, reward, termination, truncation, infos = envs.step(action)
-            observations.append(observation)
-            steps.append((action, reward.astype(np.float32), termination, truncation, valid))
-            ended = termination | truncation
-            if "episode" in infos:
-                episodes += zip(*(infos["episode"][key][ended & valid] for key in "rl"))
-        columns = map(np.stack, zip(*steps))
-        yield Batch._make((np.stack(observations, dtype=np.float32), *columns, episodes))
-
-
-def estimate(agent: Agent, batch: Batch, args: Args) -> list[Tensor]:
-    """For the M valid steps what `update` learns from: M rows of each of its columns."""
-    inputs = agent.normalize(np.concatenate(batch.observations)).view(batch.observations.shape)
+def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
+    """Adds values, advantages and returns to the valid steps."""
+    rewards = rollout.rewards
+    if args.normalize_rewards:
+        return_std = agent.return_stats.var.sqrt().item() + 1e-8
+        rewards = (rewards / return_std).clip(-10, 10)
     with torch.no_grad():
-        values = agent.value(inputs).cpu().numpy()
-    ends = batch.terminations, batch.truncations
-    advantages, returns = compute_gae(batch.rewards, values, *ends, args.gamma, args.gae_lambda)
-    columns = (inputs[:-1], batch.actions, advantages, returns)
-    return [torch.as_tensor(column, device=args.device)[batch.valid] for column in columns]
+        values = agent.value(rollout.obs).cpu().numpy()
+    ends = (rollout.terminations, rollout.truncations)
+    advantages, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
+    if args.normalize_rewards:
+        agent.return_stats.update(return_std * torch.as_tensor(returns[rollout.valid, None]))
+    columns = (rollout.obs[:-1], rollout.actions, values[:-1], advantages, returns)
+    return Batch(*(torch.as_tensor(x[rollout.valid], device=args.device) for x in columns))
 
 
-def average(x: Tensor) -> Tensor:
-    """Makes x its mean over the processes, if torchrun started several."""
-    if dist.is_initialized():
-        dist.all_reduce(x.div_(dist.get_world_size()))
-    return x
+def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
+    """One for the policy and the value function together."""
+    return [torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)]
 
 
-class Adam(nn.Module):
-    """Adam (https://arxiv.org/abs/1412.6980) on a network's parameters as one vector. Torch's own
-    kernel, but not its class, which takes seconds to import a compiler and longer for a step.
-    """
+def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
+    """Several epochs of minibatch steps. Returns metrics, mostly of the last minibatch."""
+    optimizer = optimizers[0]
+    with torch.no_grad():
+        old_log_probs = agent.policy(batch.obs).log_prob(batch.actions)
 
-    def __init__(self, network: nn.Module, learning_rate: float):
-        super().__init__()
-        self.learning_rate, self.remaining = learning_rate, 1.0  # annealing lowers the latter
-        self.weights = list(network.parameters())
-        self.vector = parameters_to_vector(self.weights).detach()
-        vector_to_parameters(self.vector, self.weights)  # they are views of it from now on
-        self.moments: Tensor = nn.Buffer(self.vector.new_zeros(2, len(self.vector)))
-        self.steps: Tensor = nn.Buffer(self.vector.new_zeros(()))
-
-    def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient of loss, as one vector."""
-        return torch.cat([x.flatten() for x in torch.autograd.grad(loss, self.weights)])
-
-    def step(self, gradient: Tensor, args: Args) -> Tensor:
-        """One step down a gradient, clipped; returns the norm that it had."""
-        grad_norm = average(gradient).norm()
-        gradient *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-        self.steps += 1
-        state: list = [[x] for x in (self.vector, gradient, *self.moments)] + [[], [self.steps]]
-        rates: dict = {"lr": self.learning_rate * self.remaining, "beta1": 0.9, "beta2": 0.999}
-        torch._fused_adam_(*state, **rates, eps=1e-5, weight_decay=0, amsgrad=False, maximize=False)
-        return grad_norm
-
-
-def make_optimizers(agent: Agent, args: Args) -> list[Adam]:
-    """One for each network or pair of networks that has a learning rate of its own."""
-    return [Adam(agent, args.learning_rate)]
-
-
-def update(agent: Agent, optimizers: list[Adam], batch: Batch, args: Args) -> dict[str, float]:
-    """One iteration's learning from one batch; returns its metrics."""
-    inputs, actions, advantages, returns = estimate(agent, batch, args)
-    unexplained = advantages.var(0, False) / returns.var(0, False).clamp_min(1e-8)
-    policy = agent.policy(inputs)
-    data, metrics = (inputs, actions, policy.log_prob(actions).detach(), advantages, returns), []
-    differentiate, (optimizer,) = gradient_and_metrics, optimizers
-    if args.compile:  # the gradient, too, unless torch is older than 2026
-        if not getattr(torch._dynamo.config, "trace_autograd_ops", True):  # to set it takes 1 ms
-            torch._dynamo.config.trace_autograd_ops = True
-        differentiate = torch.compile(gradient_and_metrics, dynamic=True)
-    # Resets leave at least every other step; the count must be the same in all processes.
-    count = min(args.num_minibatches, args.num_envs * (args.num_steps // 2))
     for _ in range(args.update_epochs):
-        rows = torch.randperm(len(inputs), device=args.device)
-        for minibatch in zip(*(x[rows].tensor_split(count) for x in data)):
-            gradient, parts = differentiate(agent, optimizer, args, *minibatch)
-            metrics.append(torch.hstack((parts, optimizer.step(gradient, args))))
-        if args.target_kl is not None and average(metrics[-1][3]) > args.target_kl:
+        for rows in torch.randperm(len(batch.obs)).tensor_split(args.num_minibatches):
+            mb = Batch(*(column[rows] for column in batch))
+            advantages = mb.advantages
+            if args.norm_adv:
+                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+            policy = agent.policy(mb.obs)
+            log_ratio = policy.log_prob(mb.actions) - old_log_probs[rows]
+            ratio = log_ratio.exp()
+            clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+            values = agent.value(mb.obs)
+            errors = (values - mb.returns) ** 2
+            if args.clip_vloss:
+                change = (values - mb.values).clamp(-args.clip_coef, args.clip_coef)
+                errors = torch.max(errors, (mb.values + change - mb.returns) ** 2)
+            value_loss = 0.5 * errors.mean()
+
+            entropy = policy.entropy().mean()
+            loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+        with torch.no_grad():
+            approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+            clipfrac = (ratio != clipped_ratio).float().mean()
+        if args.target_kl is not None and approx_kl > args.target_kl:
             break
-    names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
-    means = torch.stack(metrics).mean(0).tolist()
-    return dict(zip(names, means)) | {"explained_variance": 1 - unexplained.item()}
+
+    unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
+    return {
+        "losses/policy_loss": policy_loss.item(),
+        "losses/value_loss": value_loss.item(),
+        "losses/entropy": entropy.item(),
+        "losses/approx_kl": approx_kl.item(),
+        "losses/clipfrac": clipfrac.item(),
+        "losses/explained_variance": 1 - unexplained.item(),
+    }
 
 
-def gradient_and_metrics(agent: Agent, optimizer: Adam, args: Args, *minibatch) -> tuple:
-    """The gradient of the loss of one minibatch, and the metrics that belong to it."""
-    inputs, actions, log_probs, advantages, returns = minibatch
-    policy, values, old_values = agent.policy(inputs), agent.value(inputs), returns - advantages
-    if args.norm_adv:
-        advantages = nn.functional.layer_norm(advantages, advantages.shape, eps=1e-8)
-    log_ratio = policy.log_prob(actions) - log_probs
-    ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-    errors = (values - returns).square()
-    if args.clip_vloss:
-        clipped = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
-        errors = torch.max(errors, (clipped - returns).square())
-    value_loss, entropy = 0.5 * errors.mean(), policy.entropy().mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
-    clipfrac = (ratio != clipped_ratio).float().mean()
-    metrics = torch.stack((policy_loss, value_loss, entropy, approx_kl, clipfrac))
-    return optimizer.gradient(loss), metrics.detach()
-
-
-@torch.inference_mode()
-def evaluate(agent: Agent, args: Args, greedy: bool, video: Path | None = None) -> float:
-    """Mean return of eval_episodes episodes, one in each of as many new environments."""
-    envs = make_envs(args, 1 if video else args.eval_episodes)
-    if video:
-        envs = wrappers.RecordVideo(envs, str(video))
-    observations, _ = envs.reset(seed=args.seed)
-    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    for _ in range(int(args.total_timesteps)):  # an end even where no time limit sets one
-        observations, rewards, *ends, _ = envs.step(agent.act(observations, greedy))
-        returns += rewards * running
-        running &= ~(ends[0] | ends[1])
-        if interrupts:
-            raise KeyboardInterrupt("what was trained is in the checkpoint")
-        if not running.any():
-            break
+def evaluate(agent: Agent, args: Args) -> float:
+    """Mean return of eval_episodes greedy episodes, which take no more steps than training."""
+    envs = make_envs(args, args.eval_episodes)
+    obs, _ = envs.reset(seed=args.seed)
+    returns = np.zeros(args.eval_episodes)
+    running = np.ones(args.eval_episodes, bool)
+    steps = 0
+    while running.any() and steps < args.total_timesteps:
+        obs, rewards, terminations, truncations, _ = envs.step(agent.act(obs, greedy=True))
+        returns[running] += rewards[running]
+        steps += running.sum()
+        running &= ~(terminations | truncations)
     envs.close()
-    return float(returns.mean())
+    if running.any():
+        print(f"Evaluation was cut: after {steps} steps {running.sum()} episodes had not ended")
+    return returns.mean().item()
 
 
-def check(args: Args) -> None:
-    """Raises ValueError, naming the argument and its value, for what cannot work."""
-    size, count = args.num_envs * getattr(args, "num_steps", 1), getattr(args, "num_minibatches", 1)
-    bounds = {"gamma": (0, 1), "gae_lambda": (0, 1), "total_timesteps": (size, np.inf)}
-    bounds |= {"num_steps": (2, np.inf), "seed": (0, np.inf)}  # of 2 steps 1 may be a reset
-    for name, value in vars(args).items():
-        low, high = bounds.get(name, (int(type(value) is int), np.inf))
-        if isinstance(value, int | float) and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
-    if size % count:
-        raise ValueError(f"--num-minibatches {count}: must divide {size}, the steps of a rollout")
-    device = getattr(torch, args.device.split(":")[0], object)
-    if not (hasattr(device, "is_available") and device.is_available()):
-        raise ValueError(f"--device {args.device}: PyTorch finds none here, --device cpu works")
+def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
+    """Appends a line to metrics.jsonl, and logs to W&B."""
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        print(json.dumps(metrics), file=file)
+    if wandb_run:
+        wandb_run.log(metrics, step=metrics["global_step"])
 
 
-def load_checkpoint(path: str) -> dict:
-    """The checkpoint in a file or run folder; ValueError if there is none of this script."""
-    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])
-        checkpoint["run"] = file.parent, checkpoint["global_step"], checkpoint["log_size"]
-        return checkpoint | {x: checkpoint[x] for x in ("learners", "return_rms", "rng_state")}
-    except Exception as error:
-        raise ValueError(f"--resume {path}: no checkpoint of {__file__}: {error}") from error
+def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
+    """Writes a checkpoint. The rename makes it whole, even if the process is killed."""
+    checkpoint = {
+        "agent_config": agent.config,
+        "agent": agent.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "global_step": global_step,
+    }
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
-def track(args: Args, run_dir: Path, rows: SimpleQueue, ready: Event) -> None:
-    """Logs rows to W&B until one is None: in a thread, so that the training never waits for it."""
-    # Left alone, the client waits minutes to start and forever to finish on a silent server.
-    settings = "LOGIN_TIMEOUT=60 INIT_TIMEOUT=10 FINISH_TIMEOUT=30 ERROR_REPORTING=false QUIET=true"
-    os.environ |= dict(f"WANDB_{x}".split("=") for x in settings.split()) | os.environ
-    names: dict = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-    names |= {"group": args.wandb_group, "id": run_dir.name, "name": run_dir.name, "dir": run_dir}
-    names |= {"config": vars(args), "resume": "allow", "reinit": "create_new"}
-    for mode in (None, "offline"):
-        try:
-            import wandb
+def load(path: str, agent: Agent, optimizers: list) -> int:
+    """Restores the agent and the optimizers from a checkpoint. Returns its global_step."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    agent.load_state_dict(checkpoint["agent"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+        optimizer.load_state_dict(state)
+    return checkpoint["global_step"]
 
-            run = wandb.init(**names, mode=mode)
-            run.save(shutil.copy(__file__, run_dir), base_path=run_dir, policy="now")
-            ready.set()
-            for row in iter(rows.get, None):
-                run.log(row, step=row.get("global_step"))  # None, for the scores, is the last
-            return run.finish()
-        except Exception as error:
-            print(f"W&B is offline ({error!r:.300}); to upload the run: wandb sync {run_dir}/wandb")
-            if mode or isinstance(error, ImportError):
-                return ready.set()
-            with suppress(BaseException):  # what a dead service raises
-                wandb.teardown()  # or a failed start keeps the run's id taken
+
+def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
+    """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # of the whole process: networks this small gain nothing from more
+    envs = make_envs(args, args.num_envs)
+    agent = Agent(
+        num_inputs=gym.spaces.flatdim(envs.single_observation_space),
+        num_actions=gym.spaces.flatdim(envs.single_action_space),
+        continuous=isinstance(envs.single_action_space, gym.spaces.Box),
+        normalize=args.normalize_observations,
+    ).to(args.device)
+    optimizers = make_optimizers(agent, args)
+    global_step = load(args.resume, agent, optimizers) if args.resume else 0
+    torch.manual_seed(args.seed + global_step)  # a resumed run draws other random numbers
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
+
+    obs, _ = envs.reset(seed=args.seed + global_step)
+    state = EnvState(obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs))
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
+    iteration = 0
+
+    while global_step < args.total_timesteps:
+        start = time.perf_counter()
+        iteration += 1
+
+        # Anneal the learning rates to 0
+        if args.anneal_lr:
+            remaining = 1 - global_step / args.total_timesteps
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = remaining * optimizer.defaults["lr"]
+
+        # Collect experience and learn from it
+        rollout = collect_rollout(agent, envs, state, args)
+        batch = estimate_advantages(agent, rollout, args)
+        metrics = update(agent, optimizers, batch, args)
+        agent.obs_stats.update(batch.obs)  # only now: the policy that learned is the one that acted
+        global_step += len(batch.obs)
+
+        # Log
+        metrics["global_step"] = global_step
+        metrics["charts/learning_rate"] = optimizers[0].param_groups[0]["lr"]
+        metrics["charts/SPS"] = len(batch.obs) / (time.perf_counter() - start)
+        if rollout.episode_returns:
+            metrics["charts/episodic_return"] = float(np.mean(rollout.episode_returns))
+            progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
+        progress.update(len(batch.obs))
+        if not np.isfinite(list(metrics.values())).all():
+            raise FloatingPointError(f"not finite: {metrics}")
+        log(metrics, run_dir, wandb_run)
+
+        # Save
+        if iteration % args.save_interval == 0 or global_step >= args.total_timesteps:
+            save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
+    progress.close()
+    envs.close()
+    score = evaluate(agent, args)
+    log({"global_step": global_step, "eval/episodic_return": score}, run_dir, wandb_run)
+    print(f"{run_dir}: mean return of {args.eval_episodes} greedy episodes: {score:.1f}")
+    return score
 
 
 def train(args: Args) -> float:
-    """Trains an agent, records it in a run folder, returns its mean return over greedy episodes."""
-    check(args)
-    checkpoint = load_checkpoint(args.resume) if args.resume else {}
-    if dist.is_torchelastic_launched() and not dist.is_initialized():  # by torchrun
-        dist.init_process_group()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.set_num_threads(1)  # as fast for networks of this size, and leaves cores to other runs
-    torch.manual_seed(args.seed)
-    envs: gym.vector.VectorEnv = make_envs(args, args.num_envs, args.vectorization_mode)
-    scaled = wrappers.NormalizeReward(envs := wrappers.RecordEpisodeStatistics(envs), args.gamma)
-    if args.normalize_rewards:
-        envs = wrappers.TransformReward(scaled, lambda rewards: rewards.clip(-10, 10))
-    agent = Agent(envs, args).to(args.device)
-    learners = nn.ModuleList([agent, *(optimizers := make_optimizers(agent, args))])
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}".replace("/", "-")
-    run_dir, global_step, log_size = checkpoint.get("run", (Path("runs", name), 0, 0))
-    if checkpoint:
-        learners.load_state_dict(checkpoint["learners"])
-        vars(scaled.return_rms).update(checkpoint["return_rms"])
-        torch.set_rng_state(checkpoint["rng_state"])
-    if rank:  # the same parameters, then other actions
-        torch.manual_seed(args.seed + global_step + rank)
-    batches = rollouts(agent, envs, args, args.seed + global_step + rank * args.num_envs)
+    """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
+    args = check_args(args)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
+    if not args.track:
+        return learn(args, run_dir)
+    import wandb
 
-    def save(folder: Path) -> None:
-        """Writes a checkpoint that is whole, the old or the new one, whenever the run is killed."""
-        state = {"args": vars(args), "global_step": global_step, "log_size": log_size}
-        state |= {"learners": learners.state_dict(), "rng_state": torch.get_rng_state()}
-        state["return_rms"] = {key: float(x) for key, x in vars(scaled.return_rms).items()}
-        with open(folder / "checkpoint.tmp", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file)
-        os.replace(file.name, folder / "checkpoint.pt")
-
-    if rank == 0 and not args.resume:
-        record = vars(args) | {module.__name__: module.__version__ for module in (gym, np, torch)}
-        command = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>&1"
-        record["commit"] = os.popen(command).read().strip()
-        (folder := Path(f"{run_dir}.new")).mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps(record, indent=1))
-        save(folder)
-        folder.rename(run_dir)
-    rows, ready = SimpleQueue[dict | None](), Event()
-    tracker = Thread(target=track, args=(args, run_dir, rows, ready), daemon=True)
-    if rank == 0:
-        print(f"{run_dir}: {compute_gae.__name__} of {compute_gae.__module__} on {args.device}")
-        if args.track:
-            tracker.start()
-            ready.wait(120)  # it may ask for a key
-        if args.capture_video:  # untrained, which shows at once what filming lacks
-            evaluate(agent, args, True, run_dir / f"videos/{global_step}")
-    iteration, first_step, stopped, start = 0, global_step, False, time.perf_counter()
-    total = args.total_timesteps
-    progress = tqdm(total=total, initial=global_step, unit=" steps", disable=rank > 0)
-    while global_step < total and not stopped:
-        for optimizer in optimizers:
-            optimizer.remaining = 1 - args.anneal_lr * global_step / total
-        batch = next(batches)
-        losses = update(agent, optimizers, batch, args)
-        agent.observe(batch.observations)
-        sums = {"observations": batch.observations.sum(), "rewards": batch.rewards.sum()}
-        sums |= losses | {"steps": batch.valid.sum(), "interrupts": len(interrupts)}
-        everyone = average(torch.tensor([float(x) for x in sums.values()], device=args.device))
-        means = dict(zip(sums, everyone.tolist()))  # the same in all processes: all end together
-        if broken := {name: x for name, x in means.items() if not np.isfinite(x)}:
-            raise FloatingPointError(f"step {global_step} of {run_dir}: {broken}")
-        steps, stopped = round(means["steps"] * world), means["interrupts"] > 0
-        global_step, iteration = global_step + steps, iteration + 1
-        returns, lengths = np.mean(batch.episodes or [(np.nan, np.nan)], axis=0)
-        sps = (global_step - first_step) / (time.perf_counter() - start)
-        rate = optimizers[0].learning_rate * optimizers[0].remaining
-        metrics = {"global_step": global_step, "charts/SPS": sps, "charts/learning_rate": rate}
-        metrics |= {"charts/episodic_return": returns, "charts/episodic_length": lengths}
-        metrics |= {f"losses/{name}": means[name] for name in losses}
-        if rank == 0:
-            with open(run_dir / "metrics.csv", "a") as file:
-                file.truncate(log_size)  # drops what a killed run wrote after its checkpoint
-                for row in [metrics.values()] if log_size else [metrics, metrics.values()]:
-                    print(*row, sep=",", file=file)
-                log_size = file.tell()
-            rows.put(metrics)
-            if stopped or global_step >= total or iteration % args.checkpoint_interval == 0:
-                save(run_dir)
-        if batch.episodes:
-            progress.set_description(f"return {returns:.1f}", refresh=False)
-        progress.update(steps)
-    progress.close()
-    envs.close()
-    scores = {"greedy": np.nan}
-    if stopped and rank == 0:
-        print(f"Stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
-    elif rank == 0:
-        scores = {name: evaluate(agent, args, name == "greedy") for name in ("greedy", "sampled")}
-        (run_dir / "evaluation.tmp").write_text(json.dumps(scores))
-        os.replace(run_dir / "evaluation.tmp", run_dir / "evaluation.json")
-        print(f"Mean return of {args.eval_episodes} episodes: {scores}")
-        if args.capture_video:
-            evaluate(agent, args, True, run_dir / f"videos/{global_step}")
-    if tracker.is_alive():
-        for last in (scores, None, None):  # an end for the second W&B run, if there is one
-            rows.put(last)
-        (watchdog := Timer(45, os.system, [f"pkill -KILL -P {os.getpid()} wandb-core"])).start()
-        tracker.join(60)  # a service that is stopped would hold the exit, too
-        watchdog.cancel()
-    return scores["greedy"]
+    with wandb.init(
+        project=args.wandb_project_name,
+        entity=args.wandb_entity,
+        name=run_name,
+        config=vars(args),
+        save_code=True,
+        reinit="create_new",
+    ) as wandb_run:
+        return learn(args, run_dir, wandb_run)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda n, _: interrupts.append(signal.signal(n, signal.SIG_DFL)))
-    args = tyro.cli(Args)
-    if args.resume:  # the run's own arguments, but for those given now
-        args = tyro.cli(Args, default=Args(**load_checkpoint(args.resume)["args"]))
-    train(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        train(tyro.cli(Args))
+    except ArgumentError as error:
+        sys.exit(str(error))
