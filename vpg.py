@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    exp_name: str = "vpg"  # part of the run folder's name
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # seed of parameters, actions and environments
     device: str = "cpu"  # PyTorch device of the networks
     track: bool = False  # log to Weights & Biases
@@ -350,6 +350,8 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores the agent and the optimizers from a checkpoint. Returns its global_step."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["agent_config"] != agent.config:
+        raise ArgumentError(f"resume = {path}: its agent is {checkpoint['agent_config']}")
     agent.load_state_dict(checkpoint["agent"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(state)
@@ -370,9 +372,6 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
     optimizers = make_optimizers(agent, args)
     global_step = load(args.resume, agent, optimizers) if args.resume else 0
     torch.manual_seed(args.seed + global_step)  # a resumed run draws other random numbers
-    run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
-
     obs, _ = envs.reset(seed=args.seed + global_step)
     state = EnvState(obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs))
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
@@ -393,21 +392,22 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
         batch = estimate_advantages(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
         agent.obs_stats.update(batch.obs)  # only now: the policy that learned is the one that acted
-        global_step += len(batch.obs)
+        steps = len(batch.obs)
+        global_step += steps
 
-        # Log
+        # Measure
         metrics["global_step"] = global_step
         metrics["charts/learning_rate"] = optimizers[0].param_groups[0]["lr"]
-        metrics["charts/SPS"] = len(batch.obs) / (time.perf_counter() - start)
+        metrics["charts/SPS"] = steps / (time.perf_counter() - start)
         if rollout.episode_returns:
             metrics["charts/episodic_return"] = float(np.mean(rollout.episode_returns))
             progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
-        progress.update(len(batch.obs))
+        progress.update(steps)
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"not finite: {metrics}")
-        log(metrics, run_dir, wandb_run)
 
-        # Save
+        # Record
+        log(metrics, run_dir, wandb_run)
         if iteration % args.save_interval == 0 or global_step >= args.total_timesteps:
             save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
     progress.close()
@@ -423,6 +423,8 @@ def train(args: Args) -> float:
     args = check_args(args)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
     if not args.track:
         return learn(args, run_dir)
     import wandb

@@ -1,0 +1,501 @@
+"""PPO on several processes, which step their own environments and average their gradients.
+
+The clip makes it safe to learn from one rollout for several epochs of minibatches.
+    maximize E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi(a|s) / pi_old(a|s)
+Paper: Schulman et al. 2017, https://arxiv.org/abs/1707.06347
+Run: torchrun --nproc-per-node 2 ppo_torchrun.py --env-id CartPole-v1
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from gymnasium.vector import VectorEnv
+from gymnasium.wrappers import vector as wrappers
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # seed of parameters, actions and environments
+    device: str = "cpu"  # PyTorch device of the networks
+    track: bool = False  # log to Weights & Biases
+    wandb_project_name: str = "policy-ladder"  # W&B project
+    wandb_entity: str | None = None  # W&B user or team
+    eval_episodes: int = 100  # greedy episodes after training
+    save_interval: int = 10  # iterations between checkpoints
+    resume: str | None = None  # checkpoint to start from
+
+    env_id: str = "CartPole-v1"  # Gymnasium id of the environment
+    num_envs: int = 8  # environments stepped in parallel
+    vectorization_mode: Literal["sync", "async"] | None = None  # None: Gymnasium's choice
+    normalize_observations: bool = False  # scale observations to mean 0 and deviation 1
+    normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
+
+    total_timesteps: int = 50_000  # steps of all environments together
+    num_steps: int = 128  # steps of each environment in a rollout
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
+    norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
+    anneal_lr: bool = True  # decrease learning rates linearly to 0
+    max_grad_norm: float = 0.5  # gradients are clipped to this norm
+    learning_rate: float = 5e-3  # learning rate
+    update_epochs: int = 6  # epochs over each rollout
+    num_minibatches: int = 4  # minibatches in an epoch
+    clip_coef: float = 0.2  # eps of the clipped objective
+    clip_vloss: bool = False  # clip the value function's change, too
+    vf_coef: float = 0.5  # weight of the value loss
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    target_kl: float | None = None  # ends the epochs once the KL to the old policy is larger
+
+
+class ArgumentError(ValueError):
+    """An argument that cannot work."""
+
+
+def check_args(args: Args) -> Args:
+    """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
+    values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
+    for name, value in values.items():
+        if type(value) is int and value < 1 and name != "seed":
+            raise ArgumentError(f"{name} = {value}: must be at least 1")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= values[name] <= 1:
+            raise ArgumentError(f"{name} = {values[name]}: must be from 0 to 1")
+    if args.total_timesteps < args.num_envs * args.num_steps:
+        raise ArgumentError(f"total_timesteps = {args.total_timesteps}: less than one rollout")
+    if 2 * args.num_minibatches > args.num_envs * args.num_steps:
+        raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
+    if args.resume and not Path(args.resume).is_file():
+        raise ArgumentError(f"resume = {args.resume}: no such file")
+    try:
+        torch.zeros(1, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise ArgumentError(f"device = {args.device}: {error}") from error
+    return Args(**values)
+
+
+def make_envs(args: Args, num_envs: int) -> VectorEnv:
+    """Environments with flat observations. They clip continuous actions to their bounds."""
+    try:
+        envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode)
+    except (gym.error.Error, ImportError) as error:
+        raise ArgumentError(f"env_id = {args.env_id}: {error}") from error
+    if envs.metadata["autoreset_mode"] != gym.vector.AutoresetMode.NEXT_STEP:
+        raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
+    space: Any = envs.action_space
+    discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
+    if not discrete and space.dtype not in (np.float32, np.float64):
+        raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
+
+    def to_space(actions: np.ndarray) -> np.ndarray:
+        if discrete:
+            return actions + space.start
+        return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+
+    if len(envs.single_observation_space.shape or ()) != 1:
+        envs = wrappers.FlattenObservation(envs)
+    return wrappers.TransformAction(envs, to_space)
+
+
+def mlp(num_inputs: int, num_outputs: int, output_gain: float) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units, with orthogonal initial weights."""
+    layers = [nn.Linear(num_inputs, 64), nn.Linear(64, 64), nn.Linear(64, num_outputs)]
+    for layer, gain in zip(layers, (2**0.5, 2**0.5, output_gain)):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean over all processes."""
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen so far, merged as in Chan et al. (1979)."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.mean: Tensor = nn.Buffer(torch.zeros(num_features, dtype=torch.float64))
+        self.var: Tensor = nn.Buffer(torch.ones(num_features, dtype=torch.float64))
+        self.count: Tensor = nn.Buffer(torch.zeros(1, dtype=torch.float64))
+
+    def update(self, rows: Tensor) -> None:
+        """Adds rows (M, num_features)."""
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, rows)
+        rows = torch.cat(gathered).to(self.mean)
+        self.count += len(rows)
+        weight = len(rows) / self.count
+        delta = rows.mean(0) - self.mean
+        self.mean += weight * delta
+        self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
+
+
+class Agent(nn.Module):
+    """A policy and a value function of observations (..., num_inputs)."""
+
+    def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
+        super().__init__()
+        self.config = (num_inputs, num_actions, continuous, normalize)  # to make it again
+        self.continuous = continuous
+        self.normalize = normalize
+        self.obs_stats = RunningMeanStd(num_inputs)
+        self.return_stats = RunningMeanStd(1)
+        self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
+        self.critic = mlp(num_inputs, 1, output_gain=1.0)
+        if continuous:
+            self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
+
+    def inputs(self, obs) -> Tensor:
+        """Observations as the networks see them: float32, normalized if asked for."""
+        x = torch.as_tensor(obs, device=self.obs_stats.mean.device)
+        if self.normalize:
+            x = (x - self.obs_stats.mean) / torch.sqrt(self.obs_stats.var + 1e-8)
+            x = x.clamp(-10, 10)
+        return x.float()
+
+    def policy(self, obs) -> Distribution:
+        """pi(a|s) at each observation."""
+        outputs = self.actor(self.inputs(obs))
+        if self.continuous:
+            std = self.actor.get_parameter("log_std").exp()
+            return Independent(Normal(outputs, std, validate_args=False), 1)
+        return Categorical(logits=outputs, validate_args=False)
+
+    def value(self, obs) -> Tensor:
+        """V(s) at each observation."""
+        return self.critic(self.inputs(obs)).squeeze(-1)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
+        """An action at each observation: the most likely one if greedy, else a sample."""
+        policy = self.policy(obs)
+        action = policy.mode if greedy else policy.sample()
+        return action.cpu().numpy()
+
+
+@dataclass
+class EnvState:
+    """Where N environments stand between two rollouts."""
+
+    obs: np.ndarray  # (N, D)
+    done: np.ndarray  # (N,), bool: the episode has ended, so the next step only resets
+    episode_return: np.ndarray  # (N,), float64: sum of the episode's rewards so far
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments."""
+
+    obs: np.ndarray  # (T + 1, N, D): obs[t + 1] is where step t led, even if that ended an episode
+    actions: np.ndarray  # (T, N) or (T, N, A), as sampled
+    rewards: np.ndarray  # (T, N), float32
+    terminations: np.ndarray  # (T, N), bool
+    truncations: np.ndarray  # (T, N), bool
+    valid: np.ndarray  # (T, N), bool: False for reset steps, which are not training data
+    episode_returns: list[float]  # of the episodes that ended
+
+
+def collect_rollout(agent: Agent, envs: VectorEnv, state: EnvState, args: Args) -> Rollout:
+    """Steps the environments num_steps times from their state, and updates the state."""
+    obs = np.zeros((args.num_steps + 1, *state.obs.shape), state.obs.dtype)
+    actions = []
+    rewards = np.zeros((args.num_steps, args.num_envs), np.float32)
+    terminations = np.zeros_like(rewards, bool)
+    truncations = np.zeros_like(rewards, bool)
+    valid = np.zeros_like(rewards, bool)
+    episode_returns = []
+
+    obs[0] = state.obs
+    for t in range(args.num_steps):
+        valid[t] = ~state.done
+        actions.append(agent.act(obs[t]))
+        obs[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(actions[t])
+        state.done = terminations[t] | truncations[t]
+        state.episode_return += rewards[t]
+        episode_returns.extend(state.episode_return[state.done])
+        state.episode_return[state.done] = 0
+    state.obs = obs[-1]
+    return Rollout(
+        obs, np.stack(actions), rewards, terminations, truncations, valid, episode_returns
+    )
+
+
+def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
+
+    rewards, terminations, truncations: (T, N) or (T,). values: a row more, the last to bootstrap.
+    All float32 or float64, flags bool. Returns (advantages, returns), shaped like rewards.
+    """
+    gamma, gae_lambda = float(gamma), float(gae_lambda)
+    advantages = np.zeros_like(rewards)
+    last_gae = 0.0
+    for t in reversed(range(len(rewards))):
+        # A time limit cuts the sum, but V(s) still stands for what would have followed.
+        nonterminal = (~terminations[t]).astype(values.dtype)
+        unbroken = (~(terminations[t] | truncations[t])).astype(values.dtype)
+        delta = rewards[t] + gamma * values[t + 1] * nonterminal - values[t]
+        last_gae = delta + gamma * gae_lambda * unbroken * last_gae
+        advantages[t] = last_gae
+    returns = advantages + values[:-1]
+    return advantages, returns
+
+
+try:
+    from gae_kernel import compute_gae  # the same in Rust, bit for bit
+except ImportError:
+    compute_gae = compute_gae_python
+
+
+class Batch(NamedTuple):
+    """The M valid steps of a rollout."""
+
+    obs: Tensor  # (M, D)
+    actions: Tensor  # (M,) or (M, A)
+    values: Tensor  # (M,): V(s) before the update
+    advantages: Tensor  # (M,)
+    returns: Tensor  # (M,): targets of V(s)
+
+
+def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
+    """Adds values, advantages and returns to the valid steps."""
+    rewards = rollout.rewards
+    if args.normalize_rewards:
+        return_std = agent.return_stats.var.sqrt().item() + 1e-8
+        rewards = (rewards / return_std).clip(-10, 10)
+    with torch.no_grad():
+        values = agent.value(rollout.obs).cpu().numpy()
+    ends = (rollout.terminations, rollout.truncations)
+    advantages, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
+    if args.normalize_rewards:
+        agent.return_stats.update(return_std * torch.as_tensor(returns[rollout.valid, None]))
+    columns = (rollout.obs[:-1], rollout.actions, values[:-1], advantages, returns)
+    return Batch(*(torch.as_tensor(x[rollout.valid], device=args.device) for x in columns))
+
+
+def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
+    """One for the policy and the value function together."""
+    return [torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)]
+
+
+def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
+    """Several epochs of minibatch steps. Returns metrics, mostly of the last minibatch."""
+    optimizer = optimizers[0]
+    with torch.no_grad():
+        old_log_probs = agent.policy(batch.obs).log_prob(batch.actions)
+
+    for _ in range(args.update_epochs):
+        for rows in torch.randperm(len(batch.obs)).tensor_split(args.num_minibatches):
+            mb = Batch(*(column[rows] for column in batch))
+            advantages = mb.advantages
+            if args.norm_adv:
+                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+            policy = agent.policy(mb.obs)
+            log_ratio = policy.log_prob(mb.actions) - old_log_probs[rows]
+            ratio = log_ratio.exp()
+            clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+            values = agent.value(mb.obs)
+            errors = (values - mb.returns) ** 2
+            if args.clip_vloss:
+                change = (values - mb.values).clamp(-args.clip_coef, args.clip_coef)
+                errors = torch.max(errors, (mb.values + change - mb.returns) ** 2)
+            value_loss = 0.5 * errors.mean()
+
+            entropy = policy.entropy().mean()
+            loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+            optimizer.zero_grad()
+            loss.backward()
+            gradients: list = [parameter.grad for parameter in agent.parameters()]
+            vector_to_parameters(average(parameters_to_vector(gradients)), gradients)
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+        with torch.no_grad():
+            approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+            approx_kl = average(approx_kl)  # so that all processes stop after the same epoch
+            clipfrac = (ratio != clipped_ratio).float().mean()
+        if args.target_kl is not None and approx_kl > args.target_kl:
+            break
+
+    unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
+    return {
+        "losses/policy_loss": policy_loss.item(),
+        "losses/value_loss": value_loss.item(),
+        "losses/entropy": entropy.item(),
+        "losses/approx_kl": approx_kl.item(),
+        "losses/clipfrac": clipfrac.item(),
+        "losses/explained_variance": 1 - unexplained.item(),
+    }
+
+
+def evaluate(agent: Agent, args: Args) -> float:
+    """Mean return of eval_episodes greedy episodes, which take no more steps than training."""
+    envs = make_envs(args, args.eval_episodes)
+    obs, _ = envs.reset(seed=args.seed)
+    returns = np.zeros(args.eval_episodes)
+    running = np.ones(args.eval_episodes, bool)
+    steps = 0
+    while running.any() and steps < args.total_timesteps:
+        obs, rewards, terminations, truncations, _ = envs.step(agent.act(obs, greedy=True))
+        returns[running] += rewards[running]
+        steps += running.sum()
+        running &= ~(terminations | truncations)
+    envs.close()
+    if running.any():
+        print(f"Evaluation was cut: after {steps} steps {running.sum()} episodes had not ended")
+    return returns.mean().item()
+
+
+def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
+    """Appends a line to metrics.jsonl, and logs to W&B."""
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        print(json.dumps(metrics), file=file)
+    if wandb_run:
+        wandb_run.log(metrics, step=metrics["global_step"])
+
+
+def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
+    """Writes a checkpoint. The rename makes it whole, even if the process is killed."""
+    checkpoint = {
+        "agent_config": agent.config,
+        "agent": agent.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "global_step": global_step,
+    }
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def load(path: str, agent: Agent, optimizers: list) -> int:
+    """Restores the agent and the optimizers from a checkpoint. Returns its global_step."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["agent_config"] != agent.config:
+        raise ArgumentError(f"resume = {path}: its agent is {checkpoint['agent_config']}")
+    agent.load_state_dict(checkpoint["agent"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+        optimizer.load_state_dict(state)
+    return checkpoint["global_step"]
+
+
+def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
+    """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # of the whole process: networks this small gain nothing from more
+    envs = make_envs(args, args.num_envs)
+    agent = Agent(
+        num_inputs=gym.spaces.flatdim(envs.single_observation_space),
+        num_actions=gym.spaces.flatdim(envs.single_action_space),
+        continuous=isinstance(envs.single_action_space, gym.spaces.Box),
+        normalize=args.normalize_observations,
+    ).to(args.device)
+    optimizers = make_optimizers(agent, args)
+    global_step = load(args.resume, agent, optimizers) if args.resume else 0
+    args.seed += dist.get_rank() * args.num_envs  # parameters are equal, all else differs
+    torch.manual_seed(args.seed + global_step)  # a resumed run draws other random numbers
+    obs, _ = envs.reset(seed=args.seed + global_step)
+    state = EnvState(obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs))
+    progress = tqdm(
+        total=args.total_timesteps, initial=global_step, unit=" steps", disable=dist.get_rank() > 0
+    )
+    iteration = 0
+
+    while global_step < args.total_timesteps:
+        start = time.perf_counter()
+        iteration += 1
+
+        # Anneal the learning rates to 0
+        if args.anneal_lr:
+            remaining = 1 - global_step / args.total_timesteps
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = remaining * optimizer.defaults["lr"]
+
+        # Collect experience and learn from it
+        rollout = collect_rollout(agent, envs, state, args)
+        batch = estimate_advantages(agent, rollout, args)
+        metrics = update(agent, optimizers, batch, args)
+        agent.obs_stats.update(batch.obs)  # only now: the policy that learned is the one that acted
+        steps = len(batch.obs)
+        # If one process has a number that is not finite, all have.
+        averages = average(torch.tensor([steps, *metrics.values()], device=args.device))
+        metrics = dict(zip(metrics, averages[1:].tolist()))
+        steps = round(averages[0].item() * dist.get_world_size())
+        global_step += steps
+
+        # Measure
+        metrics["global_step"] = global_step
+        metrics["charts/learning_rate"] = optimizers[0].param_groups[0]["lr"]
+        metrics["charts/SPS"] = steps / (time.perf_counter() - start)
+        if rollout.episode_returns:
+            metrics["charts/episodic_return"] = float(np.mean(rollout.episode_returns))
+            progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
+        progress.update(steps)
+        if not np.isfinite(list(metrics.values())).all():
+            raise FloatingPointError(f"not finite: {metrics}")
+
+        # Record
+        if dist.get_rank() > 0:
+            continue
+        log(metrics, run_dir, wandb_run)
+        if iteration % args.save_interval == 0 or global_step >= args.total_timesteps:
+            save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
+    progress.close()
+    envs.close()
+    if dist.get_rank() > 0:
+        return 0.0
+    score = evaluate(agent, args)
+    log({"global_step": global_step, "eval/episodic_return": score}, run_dir, wandb_run)
+    print(f"{run_dir}: mean return of {args.eval_episodes} greedy episodes: {score:.1f}")
+    return score
+
+
+def train(args: Args) -> float:
+    """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
+    args = check_args(args)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
+    if dist.get_rank() > 0:
+        return learn(args, run_dir)
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
+    if not args.track:
+        return learn(args, run_dir)
+    import wandb
+
+    with wandb.init(
+        project=args.wandb_project_name,
+        entity=args.wandb_entity,
+        name=run_name,
+        config=vars(args),
+        save_code=True,
+        reinit="create_new",
+    ) as wandb_run:
+        return learn(args, run_dir, wandb_run)
+
+
+if __name__ == "__main__":
+    dist.init_process_group()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_node_local_rank())
+    try:
+        train(tyro.cli(Args))
+    except ArgumentError as error:
+        sys.exit(str(error))
+    finally:
+        dist.destroy_process_group()
