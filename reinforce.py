@@ -201,17 +201,14 @@ class Batch(NamedTuple):
 
 def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     """Adds the discounted returns to the valid steps."""
-    rewards = rollout.rewards
-    if args.normalize_rewards:
-        return_std = agent.return_stats.var.sqrt().item() + 1e-8
-        rewards = (rewards / return_std).clip(-10, 10)
-    returns = np.zeros_like(rewards)
+    returns = np.zeros_like(rollout.rewards)
     following = 0.0
-    for t in reversed(range(len(rewards))):
-        following = rewards[t] + args.gamma * following
+    for t in reversed(range(len(returns))):
+        following = rollout.rewards[t] + args.gamma * following
         returns[t] = following
     if args.normalize_rewards:
-        agent.return_stats.update(return_std * torch.as_tensor(returns[rollout.valid, None]))
+        agent.return_stats.update(torch.as_tensor(returns[rollout.valid, None]))
+        returns /= agent.return_stats.var.sqrt().item() + 1e-8
     if not args.reward_to_go:
         returns[:] = returns[0]  # every action gets the return of the whole episode
     columns = (rollout.obs, rollout.actions, returns.astype(np.float32))

@@ -183,7 +183,8 @@ class EnvState:
 
     obs: np.ndarray  # (N, D)
     done: np.ndarray  # (N,), bool: the episode has ended, so the next step only resets
-    episode_return: np.ndarray  # (N,), float64: sum of the episode's rewards so far
+    episode_return: np.ndarray  # (N,): sum of the episode's rewards so far
+    discounted_return: np.ndarray  # (N,): the same, earlier rewards discounted
 
 
 class Rollout(NamedTuple):
@@ -195,6 +196,7 @@ class Rollout(NamedTuple):
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
     valid: np.ndarray  # (T, N), bool: False for reset steps, which are not training data
+    discounted_returns: np.ndarray  # (T, N): EnvState.discounted_return after each step
     episode_returns: list[float]  # of the episodes that ended
 
 
@@ -206,6 +208,7 @@ def collect_rollout(agent: Agent, envs: VectorEnv, state: EnvState, args: Args) 
     terminations = np.zeros_like(rewards, bool)
     truncations = np.zeros_like(rewards, bool)
     valid = np.zeros_like(rewards, bool)
+    discounted_returns = np.zeros_like(rewards)
     episode_returns = []
 
     obs[0] = state.obs
@@ -215,11 +218,21 @@ def collect_rollout(agent: Agent, envs: VectorEnv, state: EnvState, args: Args) 
         obs[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(actions[t])
         state.done = terminations[t] | truncations[t]
         state.episode_return += rewards[t]
+        state.discounted_return = rewards[t] + args.gamma * state.discounted_return
+        discounted_returns[t] = state.discounted_return
         episode_returns.extend(state.episode_return[state.done])
         state.episode_return[state.done] = 0
+        state.discounted_return[state.done] = 0
     state.obs = obs[-1]
     return Rollout(
-        obs, np.stack(actions), rewards, terminations, truncations, valid, episode_returns
+        obs,
+        np.stack(actions),
+        rewards,
+        terminations,
+        truncations,
+        valid,
+        discounted_returns,
+        episode_returns,
     )
 
 
@@ -263,14 +276,13 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     """Adds values, advantages and returns to the valid steps."""
     rewards = rollout.rewards
     if args.normalize_rewards:
-        return_std = agent.return_stats.var.sqrt().item() + 1e-8
-        rewards = (rewards / return_std).clip(-10, 10)
+        agent.return_stats.update(torch.as_tensor(rollout.discounted_returns[rollout.valid, None]))
+        std = agent.return_stats.var.sqrt().item()
+        rewards = (rewards / (std + 1e-8)).clip(-10, 10)
     with torch.no_grad():
         values = agent.value(rollout.obs).cpu().numpy()
     ends = (rollout.terminations, rollout.truncations)
     advantages, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
-    if args.normalize_rewards:
-        agent.return_stats.update(return_std * torch.as_tensor(returns[rollout.valid, None]))
     columns = (rollout.obs[:-1], rollout.actions, values[:-1], advantages, returns)
     return Batch(*(torch.as_tensor(x[rollout.valid], device=args.device) for x in columns))
 
@@ -439,7 +451,8 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
     global_step = load(args.resume, agent, optimizers) if args.resume else 0
     torch.manual_seed(args.seed + global_step)  # a resumed run draws other random numbers
     obs, _ = envs.reset(seed=args.seed + global_step)
-    state = EnvState(obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs))
+    zeros = np.zeros(args.num_envs)
+    state = EnvState(obs, zeros.astype(bool), zeros.copy(), zeros.copy())
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     iteration = 0
 
