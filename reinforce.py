@@ -183,7 +183,7 @@ def collect_rollout(agent: Agent, envs: VectorEnv, args: Args) -> Rollout:
         rewards.append(np.where(done, 0.0, reward))
         valid.append(~done)
         done = done | termination | truncation
-        if np.sum(valid) > args.total_timesteps:
+        if len(obs) * args.num_envs > args.total_timesteps:
             raise ArgumentError(f"env_id = {args.env_id}: episodes outlast total_timesteps")
     episode_returns = np.sum(rewards, axis=0).tolist()
     return Rollout(
