@@ -4,15 +4,39 @@
 
 mod gae;
 
-use numpy::ndarray::{ArrayView2, ArrayViewMut2, NdFloat};
+use numpy::ndarray::{ArrayViewMut3, NdFloat};
 use numpy::prelude::*;
 use numpy::{Element, PyArrayDyn, PyReadonlyArrayDyn, PyUntypedArray, dtype};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use pyo3::types::{IntoPyDict, PyTuple};
+use pyo3::types::PyTuple;
 
-/// doc
+/// Generalized advantage estimation (Schulman et al., 2016, eq. 16), over steps t:
+///
+///     delta_t = rewards_t + gamma * (1 - terminations_t) * values_{t+1} - values_t
+///     A_t     = delta_t + gamma * gae_lambda * (1 - (terminations_t | truncations_t)) * A_{t+1}
+///     returns = A + values
+///
+/// A termination has no successor; a truncation bootstraps from `values_{t+1}`; both cut the trace.
+///
+/// Args:
+///     rewards: (T, N) or (T,), float32 or float64.
+///     values: (T+1, N) or (T+1,), the dtype of `rewards`; the last row is the bootstrap.
+///     terminations, truncations: the shape of `rewards`, bool.
+///     gamma, gae_lambda: in [0, 1].
+///
+/// Returns:
+///     (advantages, returns), of the shape and dtype of `rewards`: the halves of one new array.
+///
+/// Raises:
+///     TypeError: an argument is no NumPy array, or its dtype is wrong.
+///     ValueError: a shape does not fit, or gamma or gae_lambda is outside [0, 1].
+///     RuntimeError: another Rust extension is writing to an argument.
+///     OSError: the system refuses a thread.
+///
+/// Any memory layout is read, C-contiguous arrays without a copy. No input is written. The GIL is
+/// released, so no other thread may write the inputs meanwhile. From 2**20 elements on, threads
+/// share the work, as many as the process has processors. They end with the call.
 #[pyfunction]
 fn compute_gae<'py>(
     rewards: &Bound<'py, PyAny>,
@@ -64,26 +88,24 @@ fn run<'py, T: Element + NdFloat>(
     // Both outputs in one allocation. The C library gives large blocks back to the system and takes
     // new ones at each call, unless it has seen one as large as all that are in use. With two, page
     // faults took ten times the computation.
-    static EMPTY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let empty = EMPTY.import(py, "numpy", "empty")?;
-    let outputs = empty.call1(([&[2], shape].concat(), dtype::<T>(py)))?;
-    let outputs = outputs.cast_into::<PyArrayDyn<T>>()?;
-    let mut writable = outputs.readwrite();
-    let (advantages, returns) = writable.as_slice_mut()?.split_at_mut(steps * envs);
+    static EMPTY: pyo3::sync::PyOnceLock<Py<PyAny>> = pyo3::sync::PyOnceLock::new();
+    let shape = PyTuple::new(py, &[2, steps, envs][..=shape.len()])?;
+    let outputs = EMPTY.import(py, "numpy", "empty")?.call1((shape, dtype::<T>(py)))?;
+    let mut written = outputs.cast::<PyArrayDyn<T>>()?.readwrite();
+    let written = ArrayViewMut3::from_shape((2, steps, envs), written.as_slice_mut()?);
 
-    // The lengths were checked, so no unwrap fails.
-    let matrix = (steps, envs);
     let rollout = gae::Rollout {
-        rewards: ArrayView2::from_shape(matrix, rewards.as_slice()?).unwrap(),
-        values: ArrayView2::from_shape((steps + 1, envs), values.as_slice()?).unwrap(),
-        terminations: ArrayView2::from_shape(matrix, bytes(&terminations)?).unwrap(),
-        truncations: ArrayView2::from_shape(matrix, bytes(&truncations)?).unwrap(),
+        envs,
+        rewards: rewards.as_slice()?,
+        values: values.as_slice()?,
+        // NumPy lets a bool hold any byte and takes all but 0 as true. Rust's may hold only 0 and 1, so
+        // the flags are read as bytes.
+        terminations: bytemuck::cast_slice(terminations.as_slice()?),
+        truncations: bytemuck::cast_slice(truncations.as_slice()?),
         gamma,
         gamma_lambda,
-        advantages: ArrayViewMut2::from_shape(matrix, advantages).unwrap(),
-        returns: ArrayViewMut2::from_shape(matrix, returns).unwrap(),
     };
-    py.detach(|| gae::compute_gae(rollout));
+    py.detach(|| gae::run(&rollout, written.unwrap()))?;
     PyTuple::new(py, [outputs.get_item(0)?, outputs.get_item(1)?])
 }
 
@@ -95,30 +117,21 @@ fn readable<'py, T: Element>(
     rewards_shape: &[usize],
 ) -> PyResult<PyReadonlyArrayDyn<'py, T>> {
     let py = object.py();
-    let Ok(array) = object.cast::<PyArrayDyn<T>>() else {
-        return Err(wrong_type(name, &format!("{} array", dtype::<T>(py)), object));
-    };
+    let expected = || format!("{} array", dtype::<T>(py));
+    let array =
+        object.cast::<PyArrayDyn<T>>().map_err(|_| wrong_type(name, &expected(), object))?;
     if array.shape() != shape {
         let shape = PyTuple::new(py, shape)?;
         let rewards_shape = PyTuple::new(py, rewards_shape)?;
         let expected = format!("{shape} for rewards of shape {rewards_shape}");
         return Err(wrong_shape(name, &expected, array));
     }
-    let readonly = if array.is_c_contiguous() && array.is_aligned() {
-        array.try_readonly()
-    } else {
-        let order = [("order", "C")].into_py_dict(py)?;
-        let copy = py.import("numpy")?.call_method("array", (array,), Some(&order))?;
-        copy.cast_into::<PyArrayDyn<T>>()?.try_readonly()
-    };
-    // Another Rust extension may be writing to it.
-    readonly.map_err(|error| PyRuntimeError::new_err(format!("{name} cannot be read: {error}")))
-}
-
-/// NumPy lets a bool hold any byte and takes all but 0 as true. Rust's `bool` may hold only 0 and 1,
-/// so the flags are read as bytes.
-fn bytes<'a>(flags: &'a PyReadonlyArrayDyn<bool>) -> PyResult<&'a [u8]> {
-    Ok(bytemuck::cast_slice(flags.as_slice()?))
+    if !array.is_c_contiguous() || !array.is_aligned() {
+        let copy = py.get_type::<PyUntypedArray>().call_method1("copy", (array,))?;
+        return Ok(copy.cast_into::<PyArrayDyn<T>>()?.try_readonly()?);
+    }
+    // Refused while another Rust extension writes to the array.
+    array.try_readonly().map_err(|error| PyRuntimeError::new_err(format!("{name}: {error}")))
 }
 
 fn wrong_type(name: &str, expected: &str, object: &Bound<PyAny>) -> PyErr {
@@ -130,16 +143,11 @@ fn wrong_type(name: &str, expected: &str, object: &Bound<PyAny>) -> PyErr {
 }
 
 fn wrong_shape(name: &str, expected: &str, array: &Bound<PyAny>) -> PyErr {
-    match array.getattr("shape") {
-        Ok(shape) => {
-            PyValueError::new_err(format!("{name} must have shape {expected}, not {shape}"))
-        }
-        Err(error) => error,
-    }
+    let message = |shape| format!("{name} must have shape {expected}, not {shape}");
+    array.getattr("shape").map_or_else(|error| error, |shape| PyValueError::new_err(message(shape)))
 }
 
 #[pymodule]
-mod gae_kernel {
-    #[pymodule_export]
-    use super::compute_gae;
+fn gae_kernel(module: &Bound<PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(compute_gae, module)?)
 }
