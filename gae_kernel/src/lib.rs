@@ -79,11 +79,11 @@ fn run<'py, T: Element + NdFloat>(
         [steps, envs] => (steps, envs),
         _ => return Err(wrong_shape("rewards", "(T, N) or (T,)", rewards)),
     };
-    let values_shape = &[steps + 1, envs][..shape.len()];
-    let rewards = readable::<T>("rewards", rewards, shape, shape)?;
-    let values = readable::<T>("values", values, values_shape, shape)?;
+    let values = readable::<T>("values", values, &[steps + 1, envs][..shape.len()], shape)?;
     let terminations = readable::<bool>("terminations", terminations, shape, shape)?;
     let truncations = readable::<bool>("truncations", truncations, shape, shape)?;
+    // The last, so that no copy is made of what the others do not fit.
+    let rewards = readable::<T>("rewards", rewards, shape, shape)?;
 
     // Both outputs in one allocation. The C library gives large blocks back to the system and takes
     // new ones at each call, unless it has seen one as large as all that are in use. With two, page
@@ -98,8 +98,8 @@ fn run<'py, T: Element + NdFloat>(
         envs,
         rewards: rewards.as_slice()?,
         values: values.as_slice()?,
-        // NumPy lets a bool hold any byte and takes all but 0 as true. Rust's may hold only 0 and 1, so
-        // the flags are read as bytes.
+        // As bytes: NumPy takes all but 0 as true, and reading another than 0 and 1 as a Rust bool
+        // would be undefined.
         terminations: bytemuck::cast_slice(terminations.as_slice()?),
         truncations: bytemuck::cast_slice(truncations.as_slice()?),
         gamma,
