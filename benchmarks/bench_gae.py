@@ -2,9 +2,7 @@
 
 pytest benchmarks/bench_gae.py --benchmark-only --benchmark-json gae.json
 pytest-benchmark compare gae.json --group-by group --columns median,rounds --name short
-python benchmarks/bench_gae.py gae.json
-
-The last draws results/gae.png.
+python benchmarks/bench_gae.py gae.json  # draws results/gae.png
 """
 
 import json
