@@ -2,7 +2,7 @@
 
 pytest benchmarks/bench_gae.py --benchmark-only --benchmark-json gae.json
 pytest-benchmark compare gae.json --group-by group --columns median,rounds --name short
-python benchmarks/bench_gae.py gae.json  # draws results/gae.png
+python -m benchmarks.bench_gae gae.json  # draws results/gae.png
 """
 
 import json
