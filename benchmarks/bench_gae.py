@@ -1,25 +1,28 @@
-"""GAE against its peers and against a memcpy of the bytes it must read and write.
+"""GAE against its peers, and against a memcpy of the bytes it must read and write.
 
-uv run --extra peers pytest benchmarks/bench_gae.py --benchmark-enable --benchmark-json gae.json
-python benchmarks/gae_report.py gae.json
+pytest benchmarks/bench_gae.py --benchmark-only --benchmark-json gae.json
+pytest-benchmark compare gae.json --group-by group --columns median,rounds --name short
+python -m benchmarks.bench_gae gae.json  # draws results/gae.png
 """
 
+import json
+import sys
 import timeit
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gae_kernel import compute_gae
-from ppo import compute_gae_python
+from vpg import compute_gae_python
 
-SHAPES = [(128, 4), (128, 8), (2048, 1), (2048, 8), (2048, 64), (128, 1024), (128, 4096)]
-SHAPES += [(2048, 4096)]
+SHAPES = [(128, 4), (128, 8), (2048, 1), (2048, 8), (2048, 64), (128, 4096), (2048, 4096)]
 GAMMA, GAE_LAMBDA = 0.99, 0.95
 
 
-def numpy_rows(rewards, values, dones):
-    """The tutorial's loop."""
-    advantages, advantage = np.zeros_like(rewards), 0.0
+def rows(xp, rewards, values, dones):
+    """The usual loop, in NumPy or torch."""
+    advantages, advantage = xp.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
         continues = 1.0 - dones[t]
         delta = rewards[t] + GAMMA * values[t + 1] * continues - values[t]
@@ -27,186 +30,120 @@ def numpy_rows(rewards, values, dones):
     return advantages, advantages + values[:-1]
 
 
-def torch_rows(torch, rewards, values, dones):
-    """The loop of CleanRL-style scripts."""
-    advantages, advantage = torch.zeros_like(rewards), 0
-    for t in reversed(range(len(rewards))):
-        continues = 1.0 - dones[t]
-        delta = rewards[t] + GAMMA * values[t + 1] * continues - values[t]
-        advantages[t] = advantage = delta + GAMMA * GAE_LAMBDA * continues * advantage
-    return advantages, advantages + values[:-1]
-
-
-def scalars(rewards, values, terminations, truncations, advantages, returns, gamma, gae_lambda):
-    """The recursion, element by element: for the interpreter and for numba."""
-    for n in range(rewards.shape[1]):
-        advantage = 0 * rewards[0, 0]
-        for t in range(rewards.shape[0] - 1, -1, -1):
-            continues = gamma * (not terminations[t, n])
-            delta = rewards[t, n] + continues * values[t + 1, n] - values[t, n]
-            decay = gamma * gae_lambda * (not (terminations[t, n] | truncations[t, n]))
-            advantages[t, n] = advantage = delta + decay * advantage
-            returns[t, n] = advantage + values[t, n]
-
-
-def scalars_by_row(
-    rewards, values, terminations, truncations, advantages, returns, gamma, gae_lambda
-):
-    """The same with the environments inside, which is how the arrays lie in memory."""
-    last = np.zeros_like(rewards[0])
-    for t in range(rewards.shape[0] - 1, -1, -1):
-        for n in range(rewards.shape[1]):
-            continues = gamma * (not terminations[t, n])
-            delta = rewards[t, n] + continues * values[t + 1, n] - values[t, n]
-            decay = gamma * gae_lambda * (not (terminations[t, n] | truncations[t, n]))
-            advantages[t, n] = last[n] = delta + decay * last[n]
-            returns[t, n] = last[n] + values[t, n]
-
-
-def python_scalars(case):
-    if case[0].size > 2**17:
-        pytest.skip("a scalar Python loop takes seconds to minutes here")
-    return numba_call(case, scalars)
-
-
-def numba_call(case, function):
-    number = case[0].dtype.type
-
-    def call():
-        outputs = np.empty_like(case[0]), np.empty_like(case[0])
-        function(*case, *outputs, number(GAMMA), number(GAE_LAMBDA))
-        return outputs
-
-    return call
-
-
-def numba(case):
-    """The faster of the two loop orders, compiled."""
-    njit = pytest.importorskip("numba").njit
-    calls = [numba_call(case, njit(function)) for function in (scalars, scalars_by_row)]
-    return min(calls, key=lambda call: (call(), min(timeit.repeat(call, number=1, repeat=9)))[1])
-
-
-def torch_loop(case):
+def torch_rows(*case):
     torch = pytest.importorskip("torch")
     rewards, values, terminations, _ = map(torch.from_numpy, case)
     dones = terminations.to(rewards.dtype)
-    return lambda: torch_rows(torch, rewards, values, dones)
+    return lambda: rows(torch, rewards, values, dones)
 
 
-def rlox_function(case):
+def by_env(rewards, values, terminations, truncations, gamma, decay, advantages, returns):
+    for n in range(rewards.shape[1]):
+        advantage = 0 * rewards[0, 0]
+        for t in range(rewards.shape[0] - 1, -1, -1):
+            next_value = (not terminations[t, n]) * values[t + 1, n]
+            delta = rewards[t, n] + gamma * next_value - values[t, n]
+            trace = decay * (not (terminations[t, n] | truncations[t, n]))
+            advantages[t, n] = advantage = delta + trace * advantage
+            returns[t, n] = advantage + values[t, n]
+
+
+def by_step(rewards, values, terminations, truncations, gamma, decay, advantages, returns):
+    advantage = np.zeros_like(rewards[0])
+    for t in range(rewards.shape[0] - 1, -1, -1):
+        for n in range(rewards.shape[1]):
+            next_value = (not terminations[t, n]) * values[t + 1, n]
+            delta = rewards[t, n] + gamma * next_value - values[t, n]
+            trace = decay * (not (terminations[t, n] | truncations[t, n]))
+            advantages[t, n] = advantage[n] = delta + trace * advantage[n]
+            returns[t, n] = advantage[n] + values[t, n]
+
+
+def numba(*case):
+    """The faster of the two loop orders."""
+    njit = pytest.importorskip("numba").njit
+    discounts = [case[0].dtype.type(x) for x in (GAMMA, GAMMA * GAE_LAMBDA)]
+
+    def allocating(function):
+        def call():
+            outputs = np.empty_like(case[0]), np.empty_like(case[0])
+            function(*case, *discounts, *outputs)
+            return outputs
+
+        call()
+        return call
+
+    calls = [allocating(njit(loop)) for loop in (by_env, by_step)]
+    return min(calls, key=lambda call: min(timeit.repeat(call, number=1, repeat=9)))
+
+
+def rlox(rewards, values, terminations, truncations):
+    """In its own layout, environment after environment, which costs it no copy."""
     rlox = pytest.importorskip("rlox")
-    single = case[0].dtype == np.float32
-    return rlox.compute_gae_batched_f32 if single else rlox.compute_gae_batched
-
-
-def environment_major(rewards, values, terminations, _):
+    functions = {"f": rlox.compute_gae_batched_f32, "d": rlox.compute_gae_batched}
     transposed = rewards.T, values[:-1].T, terminations.T.astype(rewards.dtype)
-    return *(np.ascontiguousarray(x).ravel() for x in transposed), values[-1].copy()
+    arrays = [np.ascontiguousarray(x).ravel() for x in transposed]
+    last_values, steps = values[-1].copy(), len(rewards)
+    return lambda: functions[rewards.dtype.char](*arrays, last_values, steps, GAMMA, GAE_LAMBDA)
 
 
-def rlox_native(case):
-    function, arrays, steps = rlox_function(case), environment_major(*case), len(case[0])
-    outputs = lambda: function(*arrays, steps, GAMMA, GAE_LAMBDA)  # noqa: E731
-    outputs.time_major = lambda arrays: [x.reshape(-1, steps).T for x in arrays]
-    return outputs
-
-
-def rlox_time_major(case):
-    function, steps = rlox_function(case), len(case[0])
-
-    def call():
-        outputs = function(*environment_major(*case), steps, GAMMA, GAE_LAMBDA)
-        return [np.ascontiguousarray(x.reshape(-1, steps).T) for x in outputs]
-
-    return call
-
-
-def torchrl_call(case, name):
-    torch = pytest.importorskip("torch")
-    functional = pytest.importorskip("torchrl.objectives.value.functional")
-    rewards, values, terminations, truncations = map(torch.from_numpy, case)
-    arguments = (values[:-1], values[1:], rewards, terminations | truncations, terminations)
-    function = getattr(functional, name)
-    return lambda: function(GAMMA, GAE_LAMBDA, *arguments)
-
-
-def torchrl_vectorized(case):
-    if case[0].size > 2**20:
-        pytest.skip("TorchRL's vectorized form needs too much memory here")
-    return torchrl_call(case, "vec_generalized_advantage_estimate")
-
-
-def jax_scan(case):
-    jax = pytest.importorskip("jax")
-    jax.config.update("jax_enable_x64", True)
-
-    def step(advantage, row):
-        reward, value, next_value, terminated, truncated = row
-        delta = reward + GAMMA * next_value * ~terminated - value
-        advantage = delta + GAMMA * GAE_LAMBDA * ~(terminated | truncated) * advantage
-        return advantage.astype(reward.dtype), advantage.astype(reward.dtype)
-
-    @jax.jit
-    def scan(rewards, values, terminations, truncations):
-        rows = rewards, values[:-1], values[1:], terminations, truncations
-        _, advantages = jax.lax.scan(step, rewards[0] * 0, rows, reverse=True)
-        return advantages, advantages + values[:-1]
-
-    arrays = [jax.device_put(x) for x in case]
-    return lambda: jax.block_until_ready(scan(*arrays))
-
-
-def memcpy(case):
+def memcpy(rewards, values, terminations, truncations):
     """Half the bytes to move, because a copy reads and writes each."""
-    rewards, values, *flags = case
-    source = np.ones((3 * rewards.nbytes + values.nbytes + 2 * flags[0].nbytes) // 2, np.uint8)
+    moved = 3 * rewards.nbytes + values.nbytes + terminations.nbytes + truncations.nbytes
+    source = np.ones(moved // 2, np.uint8)
     target = np.ones_like(source)
     return lambda: np.copyto(target, source)
 
 
 PEERS = {
-    "gae_kernel": lambda case: lambda: compute_gae(*case, GAMMA, GAE_LAMBDA),
-    "compute_gae_python": lambda case: lambda: compute_gae_python(*case, GAMMA, GAE_LAMBDA),
-    "NumPy rows": lambda case: lambda: numpy_rows(*case[:3]),
-    "torch rows": torch_loop,
-    "Python scalars": python_scalars,
+    "gae_kernel": lambda *case: lambda: compute_gae(*case, GAMMA, GAE_LAMBDA),
+    "compute_gae_python": lambda *case: lambda: compute_gae_python(*case, GAMMA, GAE_LAMBDA),
+    "numpy_rows": lambda *case: lambda: rows(np, *case[:3]),
+    "torch_rows": torch_rows,
     "numba": numba,
-    "rlox, its layout": rlox_native,
-    "rlox, time-major": rlox_time_major,
-    "TorchRL": lambda case: torchrl_call(case, "generalized_advantage_estimate"),
-    "TorchRL vectorized": torchrl_vectorized,
-    "JAX scan": jax_scan,
+    "rlox": rlox,
     "memcpy": memcpy,
 }
 
 
-@pytest.fixture(scope="module", params=["float32", "float64"])
-def dtype(request):
-    return request.param
-
-
-@pytest.fixture(scope="module", params=SHAPES, ids=str)
-def case(request, dtype):
-    """Ends are all terminations, because some peers know no truncation."""
-    (steps, envs), rng = request.param, np.random.default_rng(0)
-    rewards = rng.standard_normal((steps, envs), dtype)
-    values = rng.standard_normal((steps + 1, envs), dtype)
-    terminations = rng.random((steps, envs)) < 0.01
-    return rewards, values, terminations, np.zeros_like(terminations)
-
-
 @pytest.mark.benchmark(max_time=0.4, min_rounds=5, disable_gc=True)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("peer", PEERS)
-def test_gae(benchmark, case, peer):
-    call = PEERS[peer](case)
+def test_gae(benchmark, shape, dtype, peer):
+    """Ends are all terminations, because some peers know no truncation."""
+    rng = np.random.default_rng(0)
+    rewards = rng.standard_normal(shape, dtype)
+    values = rng.standard_normal((shape[0] + 1, shape[1]), dtype)
+    terminations = rng.random(shape) < 0.01
+    case = rewards, values, terminations, np.zeros_like(terminations)
+    call = PEERS[peer](*case)
     if peer != "memcpy":
-        outputs = getattr(call, "time_major", list)(call())
-        expected = compute_gae_python(*case, GAMMA, GAE_LAMBDA)
-        for actual, reference in zip(outputs, expected, strict=True):
-            if peer == "gae_kernel":
-                assert np.array_equal(actual, reference)
-            np.testing.assert_allclose(actual, reference, rtol=1e-3, atol=1e-3)
-    steps, envs = case[0].shape
-    benchmark.extra_info.update(peer=peer, steps=steps, envs=envs, dtype=str(case[0].dtype))
+        for actual, expected in zip(call(), compute_gae_python(*case, GAMMA, GAE_LAMBDA)):
+            expected = expected.T.ravel() if peer == "rlox" else expected
+            np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+    benchmark.group = f"{dtype} {shape}"
+    benchmark.extra_info["elements"] = rewards.size
     benchmark(call)
+
+
+def plot(path):
+    import matplotlib.pyplot as plt
+
+    runs = json.loads(Path(path).read_text())["benchmarks"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    for ax, dtype in zip(axes, ["float32", "float64"]):
+        for peer in PEERS:
+            mine = [run for run in runs if run["params"]["peer"] == peer]
+            mine = [run for run in mine if run["params"]["dtype"] == dtype]
+            mine.sort(key=lambda run: run["extra_info"]["elements"])
+            elements = [run["extra_info"]["elements"] for run in mine]
+            ax.loglog(elements, [1e6 * run["stats"]["median"] for run in mine], "-o", label=peer)
+        ax.set(title=dtype, xlabel="elements, T × N", ylabel="median time of a call (µs)")
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(Path(__file__).parent / "results" / "gae.png", dpi=120)
+
+
+if __name__ == "__main__":
+    plot(sys.argv[1])

@@ -33,8 +33,10 @@ def compute_gae(
     Raises:
         TypeError: an argument is no NumPy array, or its dtype is wrong.
         ValueError: a shape does not fit, or gamma or gae_lambda is outside [0, 1].
+        RuntimeError: another Rust extension is writing to an argument.
+        OSError: the system refuses a thread.
 
     Any memory layout is read, C-contiguous arrays without a copy. No input is written. The GIL is
     released, so no other thread may write the inputs meanwhile. From 2**20 elements on, threads
-    share the work: as many as the process may run at once, or RAYON_NUM_THREADS if that is less.
+    share the work, as many as the process has processors. They end with the call.
     """

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from gae_kernel import compute_gae
-from ppo import compute_gae_python
+from vpg import compute_gae_python
 
 NAMES = ["rewards", "values", "terminations", "truncations", "gamma", "gae_lambda"]
 
