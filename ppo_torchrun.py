@@ -30,7 +30,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # seed of parameters, actions and environments
-    device: str = "cpu"  # PyTorch device of the networks
+    device: str = "cpu"  # where the networks are: cpu or cuda
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
@@ -51,14 +51,14 @@ class Args:
     norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
-    learning_rate: float = 5e-3  # learning rate
+    learning_rate: float = 5e-3  # Adam's learning rate
     update_epochs: int = 6  # epochs over each rollout
     num_minibatches: int = 4  # minibatches in an epoch
     clip_coef: float = 0.2  # eps of the clipped objective
     clip_vloss: bool = False  # clip the value function's change, too
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.01  # weight of the entropy bonus
-    target_kl: float | None = None  # ends the epochs once the KL to the old policy is larger
+    target_kl: float | None = None  # no more epochs once the KL to the old policy is larger
 
 
 class ArgumentError(ValueError):
@@ -69,14 +69,15 @@ def check_args(args: Args) -> Args:
     """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
     values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
     for name, value in values.items():
-        if type(value) is int and value < 1 and name != "seed":
-            raise ArgumentError(f"{name} = {value}: must be at least 1")
+        lowest = 0 if name == "seed" else 1
+        if type(value) is int and value < lowest:
+            raise ArgumentError(f"{name} = {value}: must be at least {lowest}")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= values[name] <= 1:
             raise ArgumentError(f"{name} = {values[name]}: must be from 0 to 1")
     if args.total_timesteps < args.num_envs * args.num_steps:
         raise ArgumentError(f"total_timesteps = {args.total_timesteps}: less than one rollout")
-    if 2 * args.num_minibatches > args.num_envs * args.num_steps:
+    if 2 * args.num_minibatches > args.num_envs * args.num_steps:  # half may be resets
         raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
     if args.resume and not Path(args.resume).is_file():
         raise ArgumentError(f"resume = {args.resume}: no such file")
@@ -93,19 +94,21 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
         envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode)
     except (gym.error.Error, ImportError) as error:
         raise ArgumentError(f"env_id = {args.env_id}: {error}") from error
-    if envs.metadata["autoreset_mode"] != gym.vector.AutoresetMode.NEXT_STEP:
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
-    space: Any = envs.action_space
-    discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
-    if not discrete and space.dtype not in (np.float32, np.float64):
+    space: Any = envs.action_space  # of all environments together
+    continuous = isinstance(space, gym.spaces.Box) and space.dtype in (np.float32, np.float64)
+    if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        if discrete:
-            return actions + space.start
-        return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+        # The agent knows no bounds, and counts its actions from 0.
+        if continuous:
+            return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+        return actions + space.start
 
-    if len(envs.single_observation_space.shape or ()) != 1:
+    obs_space = envs.single_observation_space
+    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
         envs = wrappers.FlattenObservation(envs)
     return wrappers.TransformAction(envs, to_space)
 
@@ -151,14 +154,15 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # to make it again
+        self.config = (num_inputs, num_actions, continuous, normalize)  # for the checkpoint
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)
+        self.return_stats = RunningMeanStd(1)  # to scale rewards, here for the checkpoint
         self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
         self.critic = mlp(num_inputs, 1, output_gain=1.0)
         if continuous:
+            # The actor's, so that actor.parameters() are all of the policy's.
             self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
 
     def inputs(self, obs) -> Tensor:
@@ -171,6 +175,7 @@ class Agent(nn.Module):
 
     def policy(self, obs) -> Distribution:
         """pi(a|s) at each observation."""
+        # validate_args=False saves more time than the network takes.
         outputs = self.actor(self.inputs(obs))
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
@@ -189,67 +194,80 @@ class Agent(nn.Module):
         return action.cpu().numpy()
 
 
-@dataclass
-class EnvState:
-    """Where N environments stand between two rollouts."""
-
-    obs: np.ndarray  # (N, D)
-    done: np.ndarray  # (N,), bool: the episode has ended, so the next step only resets
-    episode_return: np.ndarray  # (N,), float64: sum of the episode's rewards so far
-
-
 class Rollout(NamedTuple):
-    """T steps of N environments."""
+    """T steps of N environments.
 
-    obs: np.ndarray  # (T + 1, N, D): obs[t + 1] is where step t led, even if that ended an episode
+    Gymnasium resets an environment in the step after an episode's end. That step ignores its
+    action, and is not valid as training data.
+    """
+
+    obs: np.ndarray  # (T + 1, N, D): obs[t + 1] follows actions[t], also at an episode's end
     actions: np.ndarray  # (T, N) or (T, N, A), as sampled
     rewards: np.ndarray  # (T, N), float32
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
-    valid: np.ndarray  # (T, N), bool: False for reset steps, which are not training data
+    valid: np.ndarray  # (T, N), bool
     episode_returns: list[float]  # of the episodes that ended
 
 
-def collect_rollout(agent: Agent, envs: VectorEnv, state: EnvState, args: Args) -> Rollout:
-    """Steps the environments num_steps times from their state, and updates the state."""
-    obs = np.zeros((args.num_steps + 1, *state.obs.shape), state.obs.dtype)
+def collect_rollout(agent: Agent, envs: VectorEnv, obs_0, done, episode_return, num_steps: int):
+    """Steps on from the observations obs_0 (N, D). Returns a Rollout.
+
+    done (N,) marks environments to reset. episode_return (N,), the sum of each episode's rewards
+    so far, is updated in place.
+    """
+    obs = np.zeros((num_steps + 1, *obs_0.shape), obs_0.dtype)
     actions = []
-    rewards = np.zeros((args.num_steps, args.num_envs), np.float32)
+    rewards = np.zeros((num_steps, len(done)), np.float32)
     terminations = np.zeros_like(rewards, bool)
     truncations = np.zeros_like(rewards, bool)
     valid = np.zeros_like(rewards, bool)
-    episode_returns = []
+    episode_returns: list[float] = []
 
-    obs[0] = state.obs
-    for t in range(args.num_steps):
-        valid[t] = ~state.done
+    obs[0] = obs_0
+    for t in range(num_steps):
+        valid[t] = ~done
         actions.append(agent.act(obs[t]))
         obs[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(actions[t])
-        state.done = terminations[t] | truncations[t]
-        state.episode_return += rewards[t]
-        episode_returns.extend(state.episode_return[state.done])
-        state.episode_return[state.done] = 0
-    state.obs = obs[-1]
+        done = terminations[t] | truncations[t]
+        episode_return += rewards[t]
+        episode_returns.extend(episode_return[done])
+        episode_return[done] = 0
     return Rollout(
         obs, np.stack(actions), rewards, terminations, truncations, valid, episode_returns
     )
 
 
+def scale_rewards(agent: Agent, rollout: Rollout, gamma: float) -> np.ndarray:
+    """Divides rewards by the running deviation of their discounted sums since each episode began.
+
+    The sums also begin with each rollout. They end at a time limit, unlike in NormalizeReward.
+    """
+    sums = np.zeros_like(rollout.rewards)
+    carry = np.zeros_like(rollout.rewards[0])
+    for t in range(len(sums)):
+        sums[t] = rollout.rewards[t] + gamma * carry
+        carry = sums[t] * ~(rollout.terminations[t] | rollout.truncations[t])
+    agent.return_stats.update(torch.as_tensor(sums[rollout.valid].reshape(-1, 1)))
+    std = agent.return_stats.var.sqrt().item()
+    return (rollout.rewards / (std + 1e-8)).clip(-10, 10)
+
+
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, terminations, truncations: (T, N) or (T,). values: a row more, the last to bootstrap.
-    All float32 or float64, flags bool. Returns (advantages, returns), shaped like rewards.
+    rewards, terminations and truncations are (T, N) or (T,). values has T + 1 rows, the last
+    is V of the state after the rollout. Floats are float32 or float64, flags bool.
+    Returns advantages and returns, both shaped like rewards.
     """
-    gamma, gae_lambda = float(gamma), float(gae_lambda)
+    gamma, gae_lambda = float(gamma), float(gae_lambda)  # NumPy's float64 would promote float32
     advantages = np.zeros_like(rewards)
-    last_gae = 0.0
+    last_gae = np.zeros_like(values[-1])
     for t in reversed(range(len(rewards))):
-        # A time limit cuts the sum, but V(s) still stands for what would have followed.
-        nonterminal = (~terminations[t]).astype(values.dtype)
-        unbroken = (~(terminations[t] | truncations[t])).astype(values.dtype)
-        delta = rewards[t] + gamma * values[t + 1] * nonterminal - values[t]
-        last_gae = delta + gamma * gae_lambda * unbroken * last_gae
+        # After a termination there is no value. After a truncation there is, but the sum is cut.
+        delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
+        done = terminations[t] | truncations[t]
+        last_gae = delta + gamma * gae_lambda * last_gae * ~done
         advantages[t] = last_gae
     returns = advantages + values[:-1]
     return advantages, returns
@@ -272,28 +290,26 @@ class Batch(NamedTuple):
 
 
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Adds values, advantages and returns to the valid steps."""
+    """Returns the valid steps, with values, advantages and returns."""
     rewards = rollout.rewards
     if args.normalize_rewards:
-        return_std = agent.return_stats.var.sqrt().item() + 1e-8
-        rewards = (rewards / return_std).clip(-10, 10)
+        rewards = scale_rewards(agent, rollout, args.gamma)
     with torch.no_grad():
         values = agent.value(rollout.obs).cpu().numpy()
-    ends = (rollout.terminations, rollout.truncations)
-    advantages, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
-    if args.normalize_rewards:
-        agent.return_stats.update(return_std * torch.as_tensor(returns[rollout.valid, None]))
+    advantages, returns = compute_gae(
+        rewards, values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda
+    )
     columns = (rollout.obs[:-1], rollout.actions, values[:-1], advantages, returns)
     return Batch(*(torch.as_tensor(x[rollout.valid], device=args.device) for x in columns))
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """One for the policy and the value function together."""
+    """A single one for the policy and the value function."""
     return [torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)]
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Several epochs of minibatch steps. Returns metrics, mostly of the last minibatch."""
+    """Several epochs of minibatch steps. Returns metrics, the losses of the last minibatch."""
     optimizer = optimizers[0]
     with torch.no_grad():
         old_log_probs = agent.policy(batch.obs).log_prob(batch.actions)
@@ -346,9 +362,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, which take no more steps than training."""
+    """Mean return of eval_episodes greedy episodes, cut after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed)
+    obs, _ = envs.reset(seed=args.seed + args.num_envs)
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -389,7 +405,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     if checkpoint["agent_config"] != agent.config:
         raise ArgumentError(f"resume = {path}: its agent is {checkpoint['agent_config']}")
     agent.load_state_dict(checkpoint["agent"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     return checkpoint["global_step"]
 
@@ -406,11 +422,16 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
         normalize=args.normalize_observations,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
-    global_step = load(args.resume, agent, optimizers) if args.resume else 0
-    args.seed += dist.get_rank() * args.num_envs  # parameters are equal, all else differs
-    torch.manual_seed(args.seed + global_step)  # a resumed run draws other random numbers
+    global_step = 0
+    if args.resume:
+        global_step = load(args.resume, agent, optimizers)
+        torch.manual_seed(args.seed + global_step)  # not the same random numbers again
+    # Parameters are equal in all processes. Environments and actions differ.
+    args.seed += dist.get_rank() * args.num_envs
+    torch.manual_seed(args.seed + global_step)
     obs, _ = envs.reset(seed=args.seed + global_step)
-    state = EnvState(obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs))
+    done = np.zeros(args.num_envs, bool)
+    episode_return = np.zeros(args.num_envs)
     progress = tqdm(
         total=args.total_timesteps, initial=global_step, unit=" steps", disable=dist.get_rank() > 0
     )
@@ -421,16 +442,17 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
         iteration += 1
 
         # Anneal the learning rates to 0
-        if args.anneal_lr:
-            remaining = 1 - global_step / args.total_timesteps
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = remaining * optimizer.defaults["lr"]
+        fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
 
         # Collect experience and learn from it
-        rollout = collect_rollout(agent, envs, state, args)
+        rollout = collect_rollout(agent, envs, obs, done, episode_return, args.num_steps)
+        obs = rollout.obs[-1]
+        done = rollout.terminations[-1] | rollout.truncations[-1]
         batch = estimate_advantages(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # only now: the policy that learned is the one that acted
+        agent.obs_stats.update(batch.obs)  # after learning, which needs the inputs that acting had
         steps = len(batch.obs)
         # If one process has a number that is not finite, all have.
         averages = average(torch.tensor([steps, *metrics.values()], device=args.device))

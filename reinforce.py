@@ -28,7 +28,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # seed of parameters, actions and environments
-    device: str = "cpu"  # PyTorch device of the networks
+    device: str = "cpu"  # where the networks are: cpu or cuda
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
@@ -47,7 +47,7 @@ class Args:
     reward_to_go: bool = True  # weight an action by the rewards after it, not by all rewards
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
-    learning_rate: float = 2e-3  # learning rate
+    learning_rate: float = 2e-3  # Adam's learning rate
 
 
 class ArgumentError(ValueError):
@@ -58,8 +58,9 @@ def check_args(args: Args) -> Args:
     """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
     values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
     for name, value in values.items():
-        if type(value) is int and value < 1 and name != "seed":
-            raise ArgumentError(f"{name} = {value}: must be at least 1")
+        lowest = 0 if name == "seed" else 1
+        if type(value) is int and value < lowest:
+            raise ArgumentError(f"{name} = {value}: must be at least {lowest}")
     if not 0 <= args.gamma <= 1:
         raise ArgumentError(f"gamma = {args.gamma}: must be from 0 to 1")
     if args.resume and not Path(args.resume).is_file():
@@ -77,19 +78,21 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
         envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode)
     except (gym.error.Error, ImportError) as error:
         raise ArgumentError(f"env_id = {args.env_id}: {error}") from error
-    if envs.metadata["autoreset_mode"] != gym.vector.AutoresetMode.NEXT_STEP:
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
-    space: Any = envs.action_space
-    discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
-    if not discrete and space.dtype not in (np.float32, np.float64):
+    space: Any = envs.action_space  # of all environments together
+    continuous = isinstance(space, gym.spaces.Box) and space.dtype in (np.float32, np.float64)
+    if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        if discrete:
-            return actions + space.start
-        return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+        # The agent knows no bounds, and counts its actions from 0.
+        if continuous:
+            return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+        return actions + space.start
 
-    if len(envs.single_observation_space.shape or ()) != 1:
+    obs_space = envs.single_observation_space
+    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
         envs = wrappers.FlattenObservation(envs)
     return wrappers.TransformAction(envs, to_space)
 
@@ -127,13 +130,14 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # to make it again
+        self.config = (num_inputs, num_actions, continuous, normalize)  # for the checkpoint
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)
+        self.return_stats = RunningMeanStd(1)  # to scale rewards, here for the checkpoint
         self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
         if continuous:
+            # The actor's, so that actor.parameters() are all of the policy's.
             self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
 
     def inputs(self, obs) -> Tensor:
@@ -146,6 +150,7 @@ class Agent(nn.Module):
 
     def policy(self, obs) -> Distribution:
         """pi(a|s) at each observation."""
+        # validate_args=False saves more time than the network takes.
         outputs = self.actor(self.inputs(obs))
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
@@ -174,8 +179,13 @@ def collect_rollout(agent: Agent, envs: VectorEnv, args: Args) -> Rollout:
     """Plays one episode in each environment."""
     next_obs, _ = envs.reset()
     done = np.zeros(args.num_envs, bool)
-    obs, actions, rewards, valid = [], [], [], []
+    obs: list[np.ndarray] = []
+    actions: list[np.ndarray] = []
+    rewards: list[np.ndarray] = []
+    valid: list[np.ndarray] = []
     while not done.all():
+        if len(obs) * args.num_envs >= args.total_timesteps:
+            raise ArgumentError(f"env_id = {args.env_id}: episodes outlast total_timesteps")
         obs.append(next_obs.copy())
         actions.append(agent.act(next_obs))
         next_obs, reward, termination, truncation, _ = envs.step(actions[-1])
@@ -183,8 +193,6 @@ def collect_rollout(agent: Agent, envs: VectorEnv, args: Args) -> Rollout:
         rewards.append(np.where(done, 0.0, reward))
         valid.append(~done)
         done = done | termination | truncation
-        if len(obs) * args.num_envs > args.total_timesteps:
-            raise ArgumentError(f"env_id = {args.env_id}: episodes outlast total_timesteps")
     episode_returns = np.sum(rewards, axis=0).tolist()
     return Rollout(
         np.stack(obs), np.stack(actions), np.stack(rewards), np.stack(valid), episode_returns
@@ -237,9 +245,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, which take no more steps than training."""
+    """Mean return of eval_episodes greedy episodes, cut after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed)
+    obs, _ = envs.reset(seed=args.seed + args.num_envs)
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -280,7 +288,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     if checkpoint["agent_config"] != agent.config:
         raise ArgumentError(f"resume = {path}: its agent is {checkpoint['agent_config']}")
     agent.load_state_dict(checkpoint["agent"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     return checkpoint["global_step"]
 
@@ -297,8 +305,10 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
         normalize=args.normalize_observations,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
-    global_step = load(args.resume, agent, optimizers) if args.resume else 0
-    torch.manual_seed(args.seed + global_step)  # a resumed run draws other random numbers
+    global_step = 0
+    if args.resume:
+        global_step = load(args.resume, agent, optimizers)
+        torch.manual_seed(args.seed + global_step)  # not the same random numbers again
     envs.reset(seed=args.seed + global_step)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     iteration = 0
@@ -308,16 +318,15 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
         iteration += 1
 
         # Anneal the learning rates to 0
-        if args.anneal_lr:
-            remaining = 1 - global_step / args.total_timesteps
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = remaining * optimizer.defaults["lr"]
+        fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
 
         # Collect experience and learn from it
         rollout = collect_rollout(agent, envs, args)
         batch = compute_returns(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # only now: the policy that learned is the one that acted
+        agent.obs_stats.update(batch.obs)  # after learning, which needs the inputs that acting had
         steps = len(batch.obs)
         global_step += steps
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # seed of parameters, actions and environments
-    device: str = "cpu"  # PyTorch device of the networks
+    device: str = "cpu"  # where the networks are: cpu or cuda
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
@@ -67,8 +67,9 @@ def check_args(args: Args) -> Args:
     """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
     values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
     for name, value in values.items():
-        if type(value) is int and value < 1 and name != "seed":
-            raise ArgumentError(f"{name} = {value}: must be at least 1")
+        lowest = 0 if name == "seed" else 1
+        if type(value) is int and value < lowest:
+            raise ArgumentError(f"{name} = {value}: must be at least {lowest}")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= values[name] <= 1:
             raise ArgumentError(f"{name} = {values[name]}: must be from 0 to 1")
@@ -89,19 +90,21 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
         envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode)
     except (gym.error.Error, ImportError) as error:
         raise ArgumentError(f"env_id = {args.env_id}: {error}") from error
-    if envs.metadata["autoreset_mode"] != gym.vector.AutoresetMode.NEXT_STEP:
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
-    space: Any = envs.action_space
-    discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
-    if not discrete and space.dtype not in (np.float32, np.float64):
+    space: Any = envs.action_space  # of all environments together
+    continuous = isinstance(space, gym.spaces.Box) and space.dtype in (np.float32, np.float64)
+    if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        if discrete:
-            return actions + space.start
-        return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+        # The agent knows no bounds, and counts its actions from 0.
+        if continuous:
+            return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+        return actions + space.start
 
-    if len(envs.single_observation_space.shape or ()) != 1:
+    obs_space = envs.single_observation_space
+    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
         envs = wrappers.FlattenObservation(envs)
     return wrappers.TransformAction(envs, to_space)
 
@@ -139,14 +142,15 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # to make it again
+        self.config = (num_inputs, num_actions, continuous, normalize)  # for the checkpoint
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)
+        self.return_stats = RunningMeanStd(1)  # to scale rewards, here for the checkpoint
         self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
         self.critic = mlp(num_inputs, 1, output_gain=1.0)
         if continuous:
+            # The actor's, so that actor.parameters() are all of the policy's.
             self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
 
     def inputs(self, obs) -> Tensor:
@@ -159,6 +163,7 @@ class Agent(nn.Module):
 
     def policy(self, obs) -> Distribution:
         """pi(a|s) at each observation."""
+        # validate_args=False saves more time than the network takes.
         outputs = self.actor(self.inputs(obs))
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
@@ -177,80 +182,80 @@ class Agent(nn.Module):
         return action.cpu().numpy()
 
 
-@dataclass
-class EnvState:
-    """Where N environments stand between two rollouts."""
-
-    obs: np.ndarray  # (N, D)
-    done: np.ndarray  # (N,), bool: the episode has ended, so the next step only resets
-    episode_return: np.ndarray  # (N,): sum of the episode's rewards so far
-    discounted_return: np.ndarray  # (N,): the same, earlier rewards discounted
-
-
 class Rollout(NamedTuple):
-    """T steps of N environments."""
+    """T steps of N environments.
 
-    obs: np.ndarray  # (T + 1, N, D): obs[t + 1] is where step t led, even if that ended an episode
+    Gymnasium resets an environment in the step after an episode's end. That step ignores its
+    action, and is not valid as training data.
+    """
+
+    obs: np.ndarray  # (T + 1, N, D): obs[t + 1] follows actions[t], also at an episode's end
     actions: np.ndarray  # (T, N) or (T, N, A), as sampled
     rewards: np.ndarray  # (T, N), float32
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
-    valid: np.ndarray  # (T, N), bool: False for reset steps, which are not training data
-    discounted_returns: np.ndarray  # (T, N): EnvState.discounted_return after each step
+    valid: np.ndarray  # (T, N), bool
     episode_returns: list[float]  # of the episodes that ended
 
 
-def collect_rollout(agent: Agent, envs: VectorEnv, state: EnvState, args: Args) -> Rollout:
-    """Steps the environments num_steps times from their state, and updates the state."""
-    obs = np.zeros((args.num_steps + 1, *state.obs.shape), state.obs.dtype)
+def collect_rollout(agent: Agent, envs: VectorEnv, obs_0, done, episode_return, num_steps: int):
+    """Steps on from the observations obs_0 (N, D). Returns a Rollout.
+
+    done (N,) marks environments to reset. episode_return (N,), the sum of each episode's rewards
+    so far, is updated in place.
+    """
+    obs = np.zeros((num_steps + 1, *obs_0.shape), obs_0.dtype)
     actions = []
-    rewards = np.zeros((args.num_steps, args.num_envs), np.float32)
+    rewards = np.zeros((num_steps, len(done)), np.float32)
     terminations = np.zeros_like(rewards, bool)
     truncations = np.zeros_like(rewards, bool)
     valid = np.zeros_like(rewards, bool)
-    discounted_returns = np.zeros_like(rewards)
-    episode_returns = []
+    episode_returns: list[float] = []
 
-    obs[0] = state.obs
-    for t in range(args.num_steps):
-        valid[t] = ~state.done
+    obs[0] = obs_0
+    for t in range(num_steps):
+        valid[t] = ~done
         actions.append(agent.act(obs[t]))
         obs[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(actions[t])
-        state.done = terminations[t] | truncations[t]
-        state.episode_return += rewards[t]
-        state.discounted_return = rewards[t] + args.gamma * state.discounted_return
-        discounted_returns[t] = state.discounted_return
-        episode_returns.extend(state.episode_return[state.done])
-        state.episode_return[state.done] = 0
-        state.discounted_return[state.done] = 0
-    state.obs = obs[-1]
+        done = terminations[t] | truncations[t]
+        episode_return += rewards[t]
+        episode_returns.extend(episode_return[done])
+        episode_return[done] = 0
     return Rollout(
-        obs,
-        np.stack(actions),
-        rewards,
-        terminations,
-        truncations,
-        valid,
-        discounted_returns,
-        episode_returns,
+        obs, np.stack(actions), rewards, terminations, truncations, valid, episode_returns
     )
+
+
+def scale_rewards(agent: Agent, rollout: Rollout, gamma: float) -> np.ndarray:
+    """Divides rewards by the running deviation of their discounted sums since each episode began.
+
+    The sums also begin with each rollout. They end at a time limit, unlike in NormalizeReward.
+    """
+    sums = np.zeros_like(rollout.rewards)
+    carry = np.zeros_like(rollout.rewards[0])
+    for t in range(len(sums)):
+        sums[t] = rollout.rewards[t] + gamma * carry
+        carry = sums[t] * ~(rollout.terminations[t] | rollout.truncations[t])
+    agent.return_stats.update(torch.as_tensor(sums[rollout.valid].reshape(-1, 1)))
+    std = agent.return_stats.var.sqrt().item()
+    return (rollout.rewards / (std + 1e-8)).clip(-10, 10)
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, terminations, truncations: (T, N) or (T,). values: a row more, the last to bootstrap.
-    All float32 or float64, flags bool. Returns (advantages, returns), shaped like rewards.
+    rewards, terminations and truncations are (T, N) or (T,). values has T + 1 rows, the last
+    is V of the state after the rollout. Floats are float32 or float64, flags bool.
+    Returns advantages and returns, both shaped like rewards.
     """
-    gamma, gae_lambda = float(gamma), float(gae_lambda)
+    gamma, gae_lambda = float(gamma), float(gae_lambda)  # NumPy's float64 would promote float32
     advantages = np.zeros_like(rewards)
-    last_gae = 0.0
+    last_gae = np.zeros_like(values[-1])
     for t in reversed(range(len(rewards))):
-        # A time limit cuts the sum, but V(s) still stands for what would have followed.
-        nonterminal = (~terminations[t]).astype(values.dtype)
-        unbroken = (~(terminations[t] | truncations[t])).astype(values.dtype)
-        delta = rewards[t] + gamma * values[t + 1] * nonterminal - values[t]
-        last_gae = delta + gamma * gae_lambda * unbroken * last_gae
+        # After a termination there is no value. After a truncation there is, but the sum is cut.
+        delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
+        done = terminations[t] | truncations[t]
+        last_gae = delta + gamma * gae_lambda * last_gae * ~done
         advantages[t] = last_gae
     returns = advantages + values[:-1]
     return advantages, returns
@@ -273,16 +278,15 @@ class Batch(NamedTuple):
 
 
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Adds values, advantages and returns to the valid steps."""
+    """Returns the valid steps, with values, advantages and returns."""
     rewards = rollout.rewards
     if args.normalize_rewards:
-        agent.return_stats.update(torch.as_tensor(rollout.discounted_returns[rollout.valid, None]))
-        std = agent.return_stats.var.sqrt().item()
-        rewards = (rewards / (std + 1e-8)).clip(-10, 10)
+        rewards = scale_rewards(agent, rollout, args.gamma)
     with torch.no_grad():
         values = agent.value(rollout.obs).cpu().numpy()
-    ends = (rollout.terminations, rollout.truncations)
-    advantages, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
+    advantages, returns = compute_gae(
+        rewards, values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda
+    )
     columns = (rollout.obs[:-1], rollout.actions, values[:-1], advantages, returns)
     return Batch(*(torch.as_tensor(x[rollout.valid], device=args.device) for x in columns))
 
@@ -358,15 +362,15 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
     def accept() -> bool:
         with torch.no_grad():
-            surrogate, kl = surrogate_and_kl()
-        return bool(surrogate > old_surrogate and kl <= args.target_kl)
+            new_surrogate, new_kl = surrogate_and_kl()
+        return bool(new_surrogate > old_surrogate and new_kl <= args.target_kl)
 
     direction = conjugate_gradient(fisher_product, gradient, args.cg_iterations)
-    # The KL of a step s is about s F s / 2. Scale the direction so that this equals target_kl.
+    # The KL of a step s is about s F s / 2, and a little less because F is damped here.
     step = direction * torch.sqrt(2 * args.target_kl / direction.dot(fisher_product(direction)))
     step_fraction = line_search(parameters, step, accept, args.max_backtracks)
     with torch.no_grad():
-        surrogate, kl = surrogate_and_kl()
+        new_surrogate, new_kl = surrogate_and_kl()
 
     for _ in range(args.vf_epochs):
         values = agent.value(batch.obs)
@@ -378,19 +382,19 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
     unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
     return {
-        "losses/policy_loss": -surrogate.item(),
+        "losses/policy_loss": -new_surrogate.item(),
         "losses/value_loss": value_loss.item(),
         "losses/entropy": old_policy.entropy().mean().item(),
-        "losses/kl": kl.item(),
+        "losses/kl": new_kl.item(),
         "losses/step_fraction": step_fraction,
         "losses/explained_variance": 1 - unexplained.item(),
     }
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, which take no more steps than training."""
+    """Mean return of eval_episodes greedy episodes, cut after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed)
+    obs, _ = envs.reset(seed=args.seed + args.num_envs)
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -431,7 +435,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     if checkpoint["agent_config"] != agent.config:
         raise ArgumentError(f"resume = {path}: its agent is {checkpoint['agent_config']}")
     agent.load_state_dict(checkpoint["agent"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     return checkpoint["global_step"]
 
@@ -448,11 +452,13 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
         normalize=args.normalize_observations,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
-    global_step = load(args.resume, agent, optimizers) if args.resume else 0
-    torch.manual_seed(args.seed + global_step)  # a resumed run draws other random numbers
+    global_step = 0
+    if args.resume:
+        global_step = load(args.resume, agent, optimizers)
+        torch.manual_seed(args.seed + global_step)  # not the same random numbers again
     obs, _ = envs.reset(seed=args.seed + global_step)
-    zeros = np.zeros(args.num_envs)
-    state = EnvState(obs, zeros.astype(bool), zeros.copy(), zeros.copy())
+    done = np.zeros(args.num_envs, bool)
+    episode_return = np.zeros(args.num_envs)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     iteration = 0
 
@@ -461,16 +467,17 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
         iteration += 1
 
         # Anneal the learning rates to 0
-        if args.anneal_lr:
-            remaining = 1 - global_step / args.total_timesteps
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = remaining * optimizer.defaults["lr"]
+        fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
 
         # Collect experience and learn from it
-        rollout = collect_rollout(agent, envs, state, args)
+        rollout = collect_rollout(agent, envs, obs, done, episode_return, args.num_steps)
+        obs = rollout.obs[-1]
+        done = rollout.terminations[-1] | rollout.truncations[-1]
         batch = estimate_advantages(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # only now: the policy that learned is the one that acted
+        agent.obs_stats.update(batch.obs)  # after learning, which needs the inputs that acting had
         steps = len(batch.obs)
         global_step += steps
 
