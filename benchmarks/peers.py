@@ -1,30 +1,88 @@
-"""The libraries that speed.py compares with, on CartPole-v1: the same settings in their terms.
+"""The programs that speed.py times, each in a process of its own, on CartPole-v1.
 
-    python -m uv run --extra peers benchmarks/peers.py NAME STEPS
+    python -m uv run --extra peers benchmarks/peers.py NAME ARGUMENTS
 
-Trains with one of the functions below and prints the steps a second of its training loop.
+`ours SCRIPT FLAGS`, `cleanrl SCRIPT FLAGS` and the libraries' names with a number of STEPS print the
+steps a second of the training loop. `solve_ours` and `solve_cleanrl` print when CartPole is solved.
+Each function imports what it needs, so that no program pays for another's imports.
 """
 
-import sys
 import time
-from collections.abc import Callable
-from typing import Any
+
+START = time.perf_counter()
+
+import importlib  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import runpy  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+LASTING = 5_000  # steps over which every look must pass
 
 
-def timed(train: Callable[[int], Any], steps: int) -> None:
+def print_speed(train: Callable[[int], Any], steps: int) -> None:
     start = time.perf_counter()
     train(steps)
     print("SPS:", steps / (time.perf_counter() - start))
+
+
+def load_script(path: str, flags: tuple[str, ...]):
+    """The module of one of our scripts, and its arguments."""
+    import tyro
+
+    sys.path.insert(0, str(Path(path).parent))
+    module = importlib.import_module(Path(path).stem)
+    return module, tyro.cli(module.Args, args=flags)
+
+
+def ours(path: str, *flags: str) -> None:
+    """Times the loop with its logs and checkpoints: from the progress bar to the evaluation."""
+    module, args = load_script(path, flags)
+    tqdm = module.tqdm
+    start, progress = 0.0, None
+
+    def start_clock(*arguments, **keywords):
+        nonlocal start, progress
+        progress = tqdm(*arguments, **keywords)
+        start = time.perf_counter()
+        return progress
+
+    def stop_clock(*_) -> float:
+        print("SPS:", progress.n / (time.perf_counter() - start))
+        return 0.0
+
+    module.tqdm = start_clock
+    module.evaluate = stop_clock
+    module.train(args)
+
+
+def cleanrl(path: str, *flags: str) -> None:
+    """CleanRL prints its speed itself, as steps over seconds since the first reset."""
+    sys.argv = [path, *flags]
+    runpy.run_path(path, run_name="__main__")
 
 
 def sb3_ppo(steps: int) -> None:
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
-    settings: dict = {"learning_rate": lambda left: 2.5e-4 * left, "gae_lambda": 0.95}
-    settings |= {"ent_coef": 0.01, "vf_coef": 0.25, "clip_range_vf": 0.2, "device": "cpu"}
-    envs = make_vec_env("CartPole-v1", 4)
-    timed(PPO("MlpPolicy", envs, n_steps=128, batch_size=128, n_epochs=4, **settings).learn, steps)
+    model = PPO(
+        "MlpPolicy",
+        make_vec_env("CartPole-v1", 4),
+        learning_rate=lambda remaining: 2.5e-4 * remaining,
+        n_steps=128,
+        batch_size=128,
+        n_epochs=4,
+        gae_lambda=0.95,
+        clip_range_vf=0.2,
+        ent_coef=0.01,
+        vf_coef=0.25,  # of the mean square, without 1/2
+        device="cpu",
+    )
+    print_speed(model.learn, steps)
 
 
 def sb3_trpo(steps: int) -> None:
@@ -32,29 +90,26 @@ def sb3_trpo(steps: int) -> None:
     from stable_baselines3.common.env_util import make_vec_env
 
     envs = make_vec_env("CartPole-v1", 4)
-    timed(TRPO("MlpPolicy", envs, n_steps=128, batch_size=512, device="cpu").learn, steps)
+    model = TRPO("MlpPolicy", envs, n_steps=128, batch_size=512, device="cpu")
+    print_speed(model.learn, steps)
 
 
-def rlox_ppo(steps: int, env_id: str = "gymnasium:CartPole-v1") -> None:
+def rlox_ppo(steps: int) -> None:
     from rlox.algorithms.ppo import PPO
 
-    settings = {"clip_vloss": True, "anneal_lr": True, "learning_rate": 2.5e-4}
-    timed(PPO(env_id, n_envs=4, n_steps=128, batch_size=128, n_epochs=4, **settings).train, steps)
+    settings: dict = {"learning_rate": 2.5e-4, "anneal_lr": True, "clip_vloss": True}
+    model = PPO(
+        "gymnasium:CartPole-v1", n_envs=4, n_steps=128, batch_size=128, n_epochs=4, **settings
+    )
+    print_speed(model.train, steps)
 
 
-def rlox_vpg(steps: int, env_id: str = "gymnasium:CartPole-v1") -> None:
+def rlox_vpg(steps: int) -> None:
     from rlox.algorithms.vpg import VPG
 
-    rates = {"learning_rate": 5e-3, "vf_lr": 2e-2}
-    timed(VPG(env_id, n_envs=8, n_steps=128, vf_epochs=10, gae_lambda=0.97, **rates).train, steps)
-
-
-def rlox_ppo_rust(steps: int) -> None:
-    rlox_ppo(steps, "CartPole-v1")  # under this name it takes its own environment, in Rust
-
-
-def rlox_vpg_rust(steps: int) -> None:
-    rlox_vpg(steps, "CartPole-v1")
+    settings: dict = {"learning_rate": 5e-3, "vf_lr": 2e-2, "vf_epochs": 10, "gae_lambda": 0.97}
+    model = VPG("gymnasium:CartPole-v1", n_envs=8, n_steps=128, **settings)
+    print_speed(model.train, steps)
 
 
 def torchrl_ppo(steps: int) -> None:
@@ -67,7 +122,7 @@ def torchrl_ppo(steps: int) -> None:
     from torchrl.objectives import ClipPPOLoss
     from torchrl.objectives.value import GAE
 
-    mode = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}  # the one TorchRL prefers
+    mode = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}  # the one that TorchRL prefers
     envs = gym.make_vec("CartPole-v1", 4, "sync", vector_kwargs=mode)
     envs = GymWrapper(envs, categorical_action_encoding=True)
     nets = [MLP(4, size, num_cells=[64, 64], activation_class=torch.nn.Tanh) for size in (2, 1)]
@@ -92,8 +147,8 @@ def torchrl_ppo(steps: int) -> None:
     optimizer = torch.optim.Adam(losses.parameters(), eps=1e-5)
 
     def train(steps: int) -> None:
-        options = {"frames_per_batch": 512, "total_frames": steps}
-        collector = Collector(envs, actor, **options, auto_register_policy_transforms=False)
+        settings: dict = {"frames_per_batch": 512, "total_frames": steps}
+        collector = Collector(envs, actor, **settings, auto_register_policy_transforms=False)
         for number, batch in enumerate(collector):
             optimizer.param_groups[0]["lr"] = 2.5e-4 * (1 - 512 * number / steps)
             with torch.no_grad():
@@ -101,18 +156,195 @@ def torchrl_ppo(steps: int) -> None:
             for _ in range(4):
                 for rows in torch.randperm(512).split(128):
                     parts = losses(batch[rows])
+                    loss = parts["loss_objective"] + parts["loss_critic"] + parts["loss_entropy"]
                     optimizer.zero_grad()
-                    sum(
-                        parts[f"loss_{name}"] for name in ("objective", "critic", "entropy")
-                    ).backward()
+                    loss.backward()
                     torch.nn.utils.clip_grad_norm_(losses.parameters(), 0.5)
                     optimizer.step()
 
-    timed(train, steps)
+    print_speed(train, steps)
+
+
+def xla_ppo(steps: int, num_envs: int = 4, num_steps: int = 128) -> None:
+    """The shape of PureJaxRL: environments and learning as one program, compiled by XLA."""
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from gymnasium.envs.phys2d.cartpole import CartPoleFunctional
+
+    def mlp(num_outputs: int, gain: float) -> nn.Sequential:
+        inits = [nn.initializers.orthogonal(g) for g in (2**0.5, 2**0.5, gain)]
+        dense = [nn.Dense(n, kernel_init=i) for n, i in zip((64, 64, num_outputs), inits)]
+        return nn.Sequential([dense[0], nn.tanh, dense[1], nn.tanh, dense[2]])
+
+    env = CartPoleFunctional()
+    actor, critic = mlp(2, 0.01), mlp(1, 1.0)
+    batch_size, num_updates = num_envs * num_steps, steps // (num_envs * num_steps)
+    learning_rate = optax.linear_schedule(2.5e-4, 0.0, num_updates * 16)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(learning_rate, eps=1e-5))
+
+    def step_env(state, _):
+        params, obs, age, key = state
+        key, act_key, reset_key = jax.random.split(key, 3)
+        logits = jax.nn.log_softmax(actor.apply(params[0], obs))
+        action = jax.random.categorical(act_key, logits)
+        log_prob = jnp.take_along_axis(logits, action[:, None], 1)[:, 0]
+        next_obs = jax.vmap(env.transition)(obs, action)
+        terminated = jax.vmap(env.terminal, (0, None))(next_obs, None)
+        done = terminated | (age + 1 >= 500)
+        fresh = jax.vmap(env.initial)(jax.random.split(reset_key, num_envs))
+        step = (obs, action, log_prob, next_obs, terminated, done)
+        return (params, jnp.where(done[:, None], fresh, next_obs), (age + 1) * ~done, key), step
+
+    def gae_step(advantage, step):
+        delta, done = step
+        advantage = delta + 0.99 * 0.95 * ~done * advantage
+        return advantage, advantage
+
+    def loss(params, mb):
+        obs, action, old_log_prob, old_value, advantage, target = mb
+        logits = jax.nn.log_softmax(actor.apply(params[0], obs))
+        ratio = jnp.exp(jnp.take_along_axis(logits, action[:, None], 1)[:, 0] - old_log_prob)
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        gain = jnp.minimum(ratio * advantage, ratio.clip(0.8, 1.2) * advantage).mean()
+        value = critic.apply(params[1], obs)[:, 0]
+        clipped = old_value + (value - old_value).clip(-0.2, 0.2)
+        errors = jnp.maximum((value - target) ** 2, (clipped - target) ** 2)
+        entropy = -(jnp.exp(logits) * logits).sum(-1).mean()
+        return -gain + 0.5 * 0.5 * errors.mean() - 0.01 * entropy
+
+    def minibatch_step(state, mb):
+        params, opt_state = state
+        updates, opt_state = optimizer.update(jax.grad(loss)(params, mb), opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    def iterate(state, _):
+        params, opt_state, obs, age, key = state
+        (_, last_obs, age, key), rollout = jax.lax.scan(
+            step_env, (params, obs, age, key), None, num_steps
+        )
+        obs, action, log_prob, next_obs, terminated, done = rollout
+        value = critic.apply(params[1], obs)[..., 0]
+        next_value = critic.apply(params[1], next_obs)[..., 0]
+        delta = 1.0 + 0.99 * ~terminated * next_value - value
+        start = jnp.zeros(num_envs)
+        _, advantage = jax.lax.scan(gae_step, start, (delta, done), reverse=True)
+        batch = (obs, action, log_prob, value, advantage, advantage + value)
+        key, *epoch_keys = jax.random.split(key, 5)
+        order = jnp.stack([jax.random.permutation(k, batch_size) for k in epoch_keys])
+        rows = order.reshape(16, batch_size // 4)
+        batch = [x.reshape(batch_size, *x.shape[2:])[rows] for x in batch]
+        (params, opt_state), _ = jax.lax.scan(minibatch_step, (params, opt_state), batch)
+        return (params, opt_state, last_obs, age, key), None
+
+    key = jax.random.key(1)
+    obs = jax.vmap(env.initial)(jax.random.split(key, num_envs))
+    params = (actor.init(key, obs), critic.init(key, obs))
+    state = (params, optimizer.init(params), obs, jnp.zeros(num_envs, int), key)
+    train = jax.jit(lambda state: jax.lax.scan(iterate, state, None, num_updates))
+    compiled = train.lower(state).compile()
+    print_speed(lambda _: jax.block_until_ready(compiled(state)), num_updates * batch_size)
+
+
+class Watch:
+    """Looks at a policy after each iteration, while its clock stands still.
+
+    It ends the process once the mean of 100 greedy episodes has been at least 475 at every look for
+    LASTING steps, and prints when that began and when the first such look was.
+    """
+
+    def __init__(self):
+        self.start = time.perf_counter()  # of training
+        self.paused = 0.0
+        self.solved: dict = {}
+
+    def look(self, actor, steps: int) -> None:
+        now = time.perf_counter()
+        train = now - self.start - self.paused
+        look = {"steps": steps, "train": train, "command": train + self.start - START}
+        if greedy_return(actor) < 475:
+            self.solved.pop("lasting", None)
+        else:
+            self.solved.setdefault("first", look)
+            since = self.solved.setdefault("lasting", look)
+            if steps - since["steps"] >= LASTING:
+                print("solved", json.dumps(self.solved), flush=True)
+                os._exit(0)
+        self.paused += time.perf_counter() - now
+
+
+def greedy_return(actor) -> float:
+    """Mean return over the first episode of each of 100 environments."""
+    import gymnasium as gym
+    import numpy as np
+    import torch
+
+    envs = gym.make_vec("CartPole-v1", 100)
+    obs, _ = envs.reset(seed=0)
+    returns = np.zeros(100)
+    running = np.ones(100, bool)
+    while running.any():
+        with torch.no_grad():
+            actions = actor(torch.as_tensor(obs)).argmax(-1).numpy()
+        obs, rewards, terminations, truncations, _ = envs.step(actions)
+        returns[running] += rewards[running]
+        running &= ~(terminations | truncations)
+    envs.close()
+    return float(returns.mean())
+
+
+def solve_ours(path: str, *flags: str) -> None:
+    module, args = load_script(path, flags)
+    tqdm, update = module.tqdm, module.update
+    watch: Any = None
+    steps = 0
+
+    def start_clock(*arguments, **keywords):
+        nonlocal watch
+        watch = Watch()
+        return tqdm(*arguments, **keywords)
+
+    def watched_update(agent, optimizers, batch, args):
+        nonlocal steps
+        metrics = update(agent, optimizers, batch, args)
+        steps += len(batch.obs)
+        watch.look(lambda obs: agent.policy(obs).logits, steps)
+        return metrics
+
+    module.tqdm, module.update = start_clock, watched_update
+    module.train(args)
+
+
+def solve_cleanrl(path: str, *flags: str) -> None:
+    """CleanRL writes its speed at the end of an iteration; the caller's globals hold its agent."""
+    import gymnasium as gym
+    from torch.utils.tensorboard import SummaryWriter
+
+    add_scalar, reset = SummaryWriter.add_scalar, gym.vector.SyncVectorEnv.reset
+    watch: Any = None
+
+    def start_clock(self, **keywords):
+        nonlocal watch
+        watch = Watch()
+        return reset(self, **keywords)
+
+    def watched_add_scalar(self, tag, value, step):
+        add_scalar(self, tag, value, step)
+        if tag == "charts/SPS":
+            watch.look(sys._getframe(1).f_globals["agent"].actor, step)
+
+    gym.vector.SyncVectorEnv.reset = start_clock
+    SummaryWriter.add_scalar = watched_add_scalar
+    cleanrl(path, *flags)
 
 
 if __name__ == "__main__":
-    import torch
+    name, *arguments = sys.argv[1:]
+    if arguments[0].isdigit():
+        import torch
 
-    torch.set_num_threads(1)
-    globals()[sys.argv[1]](int(sys.argv[2]))
+        torch.set_num_threads(1)
+        globals()[name](int(arguments[0]))
+    else:
+        globals()[name](*arguments)

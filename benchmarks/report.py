@@ -1,12 +1,11 @@
-"""The runs of a suite's folder as a table, and as a figure of learning curves an environment.
+"""The runs of a suite's folder as tables and as figures of learning curves.
 
     python -m uv run benchmarks/report.py [--folder suite] [--results benchmarks/results]
 
-Writes learning.json (an entry a command, replaced if the folder has finished runs of it), and from
-all its entries learning.md and learning_<env_id>.png. RESULTS is by default the folder itself.
+Writes learning.json, and from it learning.md and learning_GROUP.png. An entry of learning.json is
+replaced if the folder has finished runs of it; the others stay.
 """
 
-import csv
 import json
 import shlex
 from dataclasses import dataclass
@@ -15,165 +14,201 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from common import COLORS, OTHER_COLORS, STYLE, band, interval
 from matplotlib.ticker import EngFormatter
-from scipy.stats import bootstrap, trim_mean
 
-COMMANDS = json.loads(Path(__file__).with_name("commands.json").read_text())
 POINTS = 50  # of a learning curve
-LADDER = ["reinforce", "vpg", "trpo", "ppo"]
-# Okabe and Ito's colours, which all eyes tell apart; line styles and markers say the same again.
-LOOKS = [
-    {"color": color, "linestyle": line, "marker": marker}
-    for color, line, marker in zip(
-        ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7"),
-        (":", "--", "-.", "-", "--"),
-        "ovs^D",
-    )
-]
+LOOKS = {program: {"color": color} for program, color in COLORS.items()} | {
+    "sb3-ppo": {"color": COLORS["ppo"], "linestyle": "--"},
+    "sb3-a2c": {"color": COLORS["vpg"], "linestyle": "--"},
+    "sb3-trpo": {"color": COLORS["trpo"], "linestyle": "--"},
+}
 
 
 @dataclass
 class Options:
     folder: Path = Path("suite")  # the suite's
-    results: Path | None = None  # where to write; the same folder by default
+    results: Path | None = None  # where to write; by default the same folder
 
 
-def interval(samples, statistic=np.mean) -> np.ndarray:
-    """A statistic and its 95 % bootstrap interval over seeds, the first axis: (3, ...)."""
-    samples = np.asarray(samples, dtype=float)
-    value = statistic(samples, axis=0)
-    if len(samples) < 2:
-        return np.stack((value, value * np.nan, value * np.nan))
-    found = bootstrap((samples,), statistic, axis=0, n_resamples=2000, method="percentile", rng=0)
-    return np.stack((value, *found.confidence_interval))
+def read_metrics(run_dirs: list[Path]) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl. A resumed run has several folders: the later ones count."""
+    rows: list[dict[str, float]] = []
+    for run_dir in run_dirs:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        later = [json.loads(line) for line in lines]
+        if later:
+            first = later[0]["global_step"]
+            rows = [row for row in rows if row["global_step"] < first] + later
+    return rows
 
 
-def iqm(samples, axis: int):
-    """Interquartile mean: that of the middle half."""
-    return trim_mean(samples, 0.25, axis=axis)
+def curve(rows: list[dict[str, float]], grid: np.ndarray) -> np.ndarray:
+    """Mean returns of the episodes that ended in each iteration, interpolated at steps of grid."""
+    name = "charts/episodic_return"
+    points = [(row["global_step"], row[name]) for row in rows if name in row]
+    return np.interp(grid, *np.transpose(points)) if points else np.full(len(grid), np.nan)
 
 
-def band(ax, x, estimates, look: dict, label: str) -> None:
-    """A line of estimates (3, K) with its interval shaded."""
-    middle, low, high = estimates
-    every = max(1, len(x) // 10)
-    ax.plot(x, middle, label=label, markersize=4, markevery=every, linewidth=1.6, **look)
-    ax.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
+def training_seconds(rows: list[dict[str, float]]) -> float:
+    seconds = 0.0
+    step = 0.0
+    for row in rows:
+        if "charts/SPS" in row:
+            seconds += (row["global_step"] - step) / row["charts/SPS"]
+            step = row["global_step"]
+    return seconds
 
 
 def collect(folder: Path) -> dict | None:
-    """The entry of a command from its finished runs in FOLDER/SEED.
-
-    A point of a curve is the mean return of the episodes that ended in the rollout there,
-    interpolated; the POINTS lie evenly up to the last step that all runs reached.
-    """
-    command, runs, curves, machines = json.loads((folder / "command.json").read_text()), [], [], {}
-    found = folder.glob("*/runs/*[0-9]/evaluation.json")
-    for file in sorted(found, key=lambda file: int(file.parts[-4])):
-        args = json.loads(file.with_name("args.json").read_text())
-        rows = list(csv.DictReader(file.with_name("metrics.csv").open()))
-        steps, speed = int(rows[-1]["global_step"]), float(rows[-1]["charts/SPS"])
-        scores, seconds = json.loads(file.read_text()), round(steps / speed, 2)
-        runs.append({"seed": args["seed"], "return": scores["greedy"], "steps": steps})
-        runs[-1] |= {"sampled": scores["sampled"], "seconds": seconds}
-        told = [(row["global_step"], row["charts/episodic_return"]) for row in rows]
-        points = np.array(told, dtype=float)
-        curves.append(points[np.isfinite(points[:, 1])])  # no episode ended in the others
-        versions = [f"{key} {args[key]}" for key in ("torch", "gymnasium", "numpy", "commit")]
-        machines[", ".join([(file.parents[2] / "machine.txt").read_text(), *versions])] = None
-    if len(runs) < command["seeds"]:
-        print(f"{folder}: {len(runs)} of {command['seeds']} runs are finished")
-    if not runs:
+    """The entry of a program in an environment, from its finished runs in FOLDER/SEED."""
+    files = sorted(folder.glob("*/result.json"), key=lambda file: int(file.parent.name))
+    planned = len(list(folder.glob("*/command.json")))
+    if len(files) < planned:
+        print(f"{folder}: {len(files)} of {planned} runs are finished")
+    if not files:
         return None
-    grid = np.linspace(0, min(run["steps"] for run in runs), POINTS + 1)[1:]
-    for run, points in zip(runs, curves):
-        run["curve"] = np.interp(grid, *points.T).round(2).tolist() if len(points) else None
-    about = {"command": command["command"], "env_id": args["env_id"]}
-    return about | {"machine": "; ".join(machines), "runs": runs}
+    runs = [json.loads(file.read_text()) for file in files]
+    histories = []
+    for file, run in zip(files, runs):
+        histories.append(read_metrics([file.parent / "runs" / part for part in run["parts"]]))
+    steps = [rows[-1]["global_step"] for rows in histories]
+    grid = np.linspace(0, min(steps), POINTS + 1)[1:]
+    curves = interval([curve(rows, grid) for rows in histories])
+    return {
+        "command": runs[0]["command"],
+        "goal": runs[0]["goal"],
+        "about": sorted({run["about"] for run in runs}),
+        "seeds": [run["seed"] for run in runs],
+        "returns": [round(run["return"], 4) for run in runs],
+        "steps": int(np.median(steps)),
+        "seconds": round(float(np.median([training_seconds(rows) for rows in histories])), 1),
+        "grid": grid.round().tolist(),
+        "curve": [[round(x, 2) if np.isfinite(x) else None for x in line] for line in curves],
+    }
 
 
 def number(value: float) -> str:
-    return f"{value:.1f}" if np.isfinite(value) else "–"
+    """Two decimals below 10, one below 1,000."""
+    return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
 
 
-def table(results: dict) -> str:
-    """Markdown of all results: a summary line a command, then the return of every seed."""
+def estimate(returns: list[float]) -> str:
+    mean, low, high = interval(returns)
+    return f"{number(mean)} [{number(low)}, {number(high)}]" if len(returns) > 1 else number(mean)
+
+
+def tables(results: dict[str, dict]) -> str:
+    """Markdown: for each group what each program reached, then every seed's return."""
     lines = [
-        "# What the scripts learn",
+        "# What the programs learn",
         "",
         "Written by `benchmarks/report.py` from runs of `benchmarks/suite.py`. A return is the",
-        "mean over greedy episodes after training, 100 if the command does not say else. IQM is",
-        "the mean of the middle half of the seeds, [low, high] a 95 % bootstrap interval over",
-        "seeds. Sampled is the mean with actions drawn from the policy. Seconds are those of",
-        "training alone, median over seeds.",
-        "",
-        "| command | seeds | mean | IQM | lowest | goal | met by | sampled | steps | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "mean over greedy episodes after training. Below is its mean over seeds with a 95 %",
+        "bootstrap interval, and the lowest seed's. Met by: seeds at the goal or above. Seconds are",
+        "those of training alone, the median over seeds.",
     ]
-    for name, result in results.items():
-        keys = ("return", "steps", "seconds")
-        returns, steps, seconds = (np.array([run[key] for run in result["runs"]]) for key in keys)
-        goal = COMMANDS.get(name, {}).get("goal")
-        mean, middle = (
-            "{} [{}, {}]".format(*map(number, interval(returns, statistic)))
-            for statistic in (np.mean, iqm)
-        )
-        lines.append(
-            f"| `{result['command']}` | {len(returns)} | {mean} | {middle} | {returns.min():.1f}"
-            f" | {'–' if goal is None else goal}"
-            f" | {'–' if goal is None else (returns >= goal).sum()}"
-            f" | {number(np.mean([run.get('sampled', np.nan) for run in result['runs']]))}"
-            f" | {steps.max():,} | {np.median(seconds):.1f} |"
-        )
-    for name, result in results.items():
-        seeds, returns = zip(*((run["seed"], f"{run['return']:.1f}") for run in result["runs"]))
-        told = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
-        if seeds != tuple(range(seeds[0], seeds[-1] + 1)):
-            told = ", ".join(map(str, seeds))
-        lines += ["", f"**{name}**, seeds {told}, on {result['machine']}:", ", ".join(returns)]
+    groups: dict[str, dict[tuple[str, str], dict]] = {}
+    for name, entry in results.items():
+        group, env_id, program = name.split("/")
+        groups.setdefault(group, {})[env_id, program] = entry
+    for group, entries in groups.items():
+        env_ids = list(dict.fromkeys(env_id for env_id, _ in entries))
+        programs = list(dict.fromkeys(program for _, program in entries))
+        lines += ["", f"## {group}"]
+        if len(env_ids) > 1 and len(programs) > 1:
+            lines += ["", "| environment | " + " | ".join(programs) + " |"]
+            lines += ["|---" * (len(programs) + 1) + "|"]
+            for env_id in env_ids:
+                found = [entries.get((env_id, program)) for program in programs]
+                cells = [estimate(entry["returns"]) if entry else "" for entry in found]
+                lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
+        heads = "environment | program | seeds | mean | lowest | goal | met by | steps | seconds"
+        lines += ["", f"| {heads} |", "|---" * 9 + "|"]
+        for (env_id, program), entry in entries.items():
+            returns, goal = entry["returns"], entry["goal"]
+            met = "" if goal is None else sum(value >= goal for value in returns)
+            lines.append(
+                f"| {env_id} | {program} | {len(returns)} | {estimate(returns)}"
+                f" | {number(min(returns))} | {'' if goal is None else number(goal)} | {met}"
+                f" | {entry['steps']:,} | {entry['seconds']:,.1f} |"
+            )
+        for (env_id, program), entry in entries.items():
+            seeds = ", ".join(map(str, entry["seeds"]))
+            returns = ", ".join(map(number, entry["returns"]))
+            lines += ["", f"**{program} on {env_id}**: `{entry['command']}`"]
+            lines += [f"Seeds {seeds}: {returns}. {'; '.join(entry['about'])}."]
     return "\n".join(lines) + "\n"
 
 
-def draw(env_id: str, results: dict, file: Path) -> None:
-    """Learning curves of the commands in one environment."""
-    fig, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    stems = [Path(shlex.split(result["command"])[0]).stem for result in results.values()]
-    known = len(set(stems)) == len(stems) and set(stems) <= set(LADDER)
-    for place, (stem, (name, result)) in enumerate(zip(stems, results.items())):
-        look = LOOKS[LADDER.index(stem) if known else place % len(LOOKS)]
-        curves = np.array([run["curve"] for run in result["runs"]])
-        grid = np.linspace(0, min(run["steps"] for run in result["runs"]), POINTS + 1)[1:]
-        label = f"{name}, {len(curves)} seed{'s'[: len(curves) > 1]}"
-        band(ax, grid, interval(curves), look, label)
-    ax.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes", xlim=0)
-    ax.xaxis.set_major_formatter(EngFormatter())
-    about = "mean and 95 % bootstrap interval over seeds"
-    fig.legend(loc="outside lower center", ncols=2, fontsize="small", title=about)
-    fig.savefig(file, dpi=120)
+def draw(group: str, entries: dict[str, dict], file: Path) -> None:
+    """Learning curves, a panel for each environment and length of training."""
+    panels: dict[tuple[str, float], dict[str, dict]] = {}
+    for name, entry in entries.items():
+        _, env_id, program = name.split("/")
+        panels.setdefault((env_id, float(f"{entry['steps']:.1g}")), {})[program] = entry
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.5 * rows + 1), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    others: list[str] = []
+    for ax, ((env_id, _), programs) in zip(axes.flat, panels.items()):
+        for program, entry in programs.items():
+            if program not in LOOKS:
+                LOOKS[program] = {"color": OTHER_COLORS[len(others) % len(OTHER_COLORS)]}
+                others.append(program)
+            look = LOOKS[program]
+            band(ax, entry["grid"], np.array(entry["curve"], float), program, **look)
+            if entry["goal"] is not None:
+                ax.axhline(entry["goal"], color=look["color"], linestyle=":", linewidth=1.5)
+        ax.set(title=env_id, xlim=(0, min(entry["grid"][-1] for entry in programs.values())))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.locator_params(nbins=5)
+    fig.supxlabel("environment steps", fontsize="medium")
+    fig.supylabel("return of training episodes", fontsize="medium")
+    handles: dict = {}
+    for ax in fig.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    counts = sorted({len(entry["seeds"]) for entry in entries.values()})
+    seeds = " or ".join(map(str, counts))
+    title = f"mean and 95 % interval of {seeds} seeds; dotted: goal"
+    columns = min(2 * columns, len(handles))
+    fig.legend(handles.values(), handles, loc="outside upper center", ncols=columns, title=title)
+    fig.savefig(file)
     plt.close(fig)
 
 
 def main(options: Options) -> None:
-    folders = sorted(file.parent for file in options.folder.glob("*/command.json"))
-    if not folders:
+    names = sorted({file.parents[1] for file in options.folder.glob("*/*/*/*/command.json")})
+    if not names:
         raise SystemExit(f"--folder {options.folder}: no runs of benchmarks/suite.py there")
     target = options.results or options.folder
     file = target / "learning.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    results |= {folder.name: entry for folder in folders if (entry := collect(folder))}
-    names = sorted(results, key=lambda name: [*COMMANDS, name].index(name))
-    lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in names]
+    for folder in names:
+        entry = collect(folder)
+        if entry:
+            results["/".join(folder.parts[-3:])] = entry
+    commands = json.loads(Path(__file__).with_name("commands.json").read_text())
+    order = [
+        f"{group}/{env_id}/{program}"
+        for group, entry in commands.items()
+        for env_id in entry["environments"]
+        for program in entry["programs"]
+    ]
+    results = {
+        name: results[name] for name in dict.fromkeys(order + list(results)) if name in results
+    }
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in results.items()]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    results = {name: results[name] for name in names}
-    (target / "learning.md").write_text(table(results))
-    plt.rcParams |= {"font.size": 11, "axes.grid": True, "grid.alpha": 0.3}
-    panels: dict[str, dict] = {}  # an entry of before has no curves, nor one without episodes
-    for name, result in results.items():
-        if all(run.get("curve") for run in result["runs"]):
-            panels.setdefault(result["env_id"], {})[name] = result
-    for env_id, here in panels.items():
-        draw(env_id, here, target / f"learning_{env_id.replace('/', '-')}.png")
-    print(table(results))
+    (target / "learning.md").write_text(tables(results))
+    plt.rcParams.update(STYLE)
+    for group in dict.fromkeys(name.split("/")[0] for name in results):
+        entries = {name: e for name, e in results.items() if name.startswith(f"{group}/")}
+        draw(group, entries, target / f"learning_{group}.png")
+    print(tables(results))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Training speed and memory of ppo.py, trpo.py and vpg.py against peers, on CartPole-v1.
+"""How fast ours and others train CartPole-v1, how soon they solve it, and where our time goes.
 
-    python -m uv run --extra peers benchmarks/speed.py --cleanrl PATH/TO/cleanrl/ppo.py
+    python -m uv run --extra peers benchmarks/speed.py train --cleanrl PATH/TO/cleanrl/ppo.py
+    python -m uv run --extra peers benchmarks/speed.py solve --cleanrl PATH/TO/cleanrl/ppo.py
+    python -m uv run benchmarks/speed.py share
 
-Each round runs every program once, in a process of its own, one after the other; a ratio is the
-median over rounds of the two programs' numbers in the same round. Steps a second are those of the
-training loop, as each program measures them itself; seconds are those of the whole process.
-Writes benchmarks/results/speed.md and speed.json. Then it runs solved.py (seconds until CartPole-v1
-is solved) and gae_share.py (where our time goes), unless told not to, which write files of their
-own. Takes about half an hour.
+Each round runs every program once, one after the other, in a process of its own with one thread. A
+ratio is the median over rounds of two programs' numbers in the same round. Results go to
+benchmarks/results/speed_NAME.md and .json.
 """
 
-import csv
+import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -23,210 +23,320 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from common import RESULTS, ROOT, about, table
+from peers import LASTING
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-CLEANRL = "--vectorization-mode sync --num-envs 4 --learning-rate 2.5e-4 --gae-lambda 0.95"
-CLEANRL += " --update-epochs 4 --clip-vloss"
-TRPO = "--vectorization-mode sync --num-envs 4 --gae-lambda 0.95 --cg-iterations 15 --vf-epochs 10"
+# CleanRL's hyperparameters, all written out, so that they do not change with our defaults
+SAME = "--vectorization-mode sync --gamma 0.99 --no-normalize-observations --no-normalize-rewards"
+PPO = f"{SAME} --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-vloss"
+PPO += " --learning-rate 2.5e-4 --gae-lambda 0.95 --clip-coef 0.2 --ent-coef 0.01 --vf-coef 0.5"
+TRPO = f"{SAME} --num-envs 4 --num-steps 128 --gae-lambda 0.95 --cg-iterations 15 --vf-epochs 10"
 TRPO += " --vf-learning-rate 1e-3 --no-anneal-lr"
-VPG = "--vectorization-mode sync --no-anneal-lr"
-NOTES = """
-- steps/s: of the training loop, median [lowest, highest]. Gymnasium's vector environments take a
-  step to reset; CleanRL counts it and learns from it, ours do neither, the others have none.
-- process: from the start of Python to its end, with imports, records and checkpoints, for ours also
-  two evaluations of one episode. memory: the most that was resident; TORCH MiB of it is torch
-  alone, after an import and one step of Adam.
-- A ratio above 1 says that ours, the last name in bold, is faster or smaller than this program.
-- All take gymnasium's CartPole-v1 in a SyncVectorEnv (Stable-Baselines3 in its DummyVecEnv) but in
-  rows that name another: "vector CartPole" is gymnasium's, all environments at once in NumPy, which
-  our scripts take by default; "Rust CartPole" is rlox's own, which it takes by default.
-- PPO: CleanRL's hyperparameters. Stable-Baselines3 takes the clipped value loss, not the larger
-  of it and the other. rlox reads its losses back after every minibatch. TorchRL has no
-  such script: its collector, GAE and loss in a plain loop (benchmarks/peers.py), torch's weights.
-- TRPO: sb3-contrib's hyperparameters, but its line search shortens a step by 0.8, ours by 0.5,
-  and ours clips the value network's gradient.
-- VPG: vpg.py's hyperparameters without annealing, which rlox does not have. Its value loss is twice
-  ours, its Adam has eps 1e-8.
-"""
-TORCH_ALONE = """
-import torch
-parameter = torch.nn.Parameter(torch.zeros(1))
-parameter.sum().backward()
-torch.optim.Adam([parameter]).step()
-print("SPS: 0")
-"""
+VPG = f"{SAME} --num-envs 8 --num-steps 128 --gae-lambda 0.97 --vf-epochs 10 --no-anneal-lr"
+VPG += " --learning-rate 5e-3 --vf-learning-rate 2e-2"
+PACKAGES = ("stable-baselines3", "sb3-contrib", "rlox", "torchrl", "jax")
 
 
 @dataclass
-class Options:
-    cleanrl: Path | None = None  # CleanRL's ppo.py; it is left out without
+class Train:
+    """Training speed and memory."""
+
+    cleanrl: Path | None = None  # CleanRL's ppo.py; left out without
+    first: Path | None = None  # ppo.py of this project's first edition; left out without
     rounds: int = 5  # runs of each program
-    total_timesteps: int = 50_000  # steps of each run, rounded up to whole rollouts
-    long_rounds: int = 3  # of runs with and without --compile, and of CleanRL's
-    long_timesteps: int = 1_000_000  # steps of those
-    also: tuple[str, ...] = ("solved", "gae_share")  # benchmarks to run afterwards
+    total_timesteps: int = 50_176  # steps of each run: whole rollouts of all programs
 
 
-def about(*packages: str) -> str:
-    """The machine, the versions and the commit that a result belongs to."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    cpu = model[1] if model else platform.processor() or platform.machine()
-    versions = [f"{name} {version(name)}" for name in ("torch", "numpy", "gymnasium", *packages)]
-    changed = ["git", "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"]
-    commit, changes = (
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        for command in (["git", "rev-parse", "--short=10", "HEAD"], changed)
-    )
-    return (
-        f"{cpu}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, "
-        f"{', '.join(versions)}; commit {commit}{' with changes' * bool(changes)}, "
-        f"{time.strftime('%Y-%m-%d')}"
-    )
+@dataclass
+class Solve:
+    """Steps and seconds until the mean of 100 greedy episodes is at least 475."""
+
+    cleanrl: Path | None = None  # CleanRL's ppo.py; left out without
+    seeds: int = 10  # runs of each program
 
 
-def ours(script: str, flags: str, steps: int) -> list[str]:
-    flags += f" --total-timesteps {steps} --eval-episodes 1"
-    return [str(ROOT / script), *flags.split()]
+@dataclass
+class Share:
+    """Where the time of a run of ppo.py goes, and how much of it is torch and the environment."""
+
+    rounds: int = 3  # runs
+    total_timesteps: int = 50_000  # steps of each run
 
 
-def theirs(cleanrl: Path | None, steps: int) -> dict[str, list[str]]:
-    flags = ["--no-cuda", "--total-timesteps", str(steps)]
-    return {"CleanRL ppo.py": [str(cleanrl.resolve()), *flags]} if cleanrl else {}
+def programs(options: Train) -> dict[str, list[str]]:
+    """Arguments of peers.py by name. Each is compared with the last name in bold before it."""
+    steps = f"--total-timesteps {options.total_timesteps}"
+    count = str(options.total_timesteps)
+
+    def ours(script: Path, flags: str) -> list[str]:
+        return ["ours", str(script), *shlex.split(f"{flags} {steps}")]
+
+    found = {"**ppo.py**": ours(ROOT / "ppo.py", PPO)}
+    if options.first:
+        found["ppo.py, first edition"] = ours(options.first.resolve(), PPO)
+    if options.cleanrl:
+        cleanrl = ["cleanrl", str(options.cleanrl.resolve()), "--no-cuda"]
+        found["CleanRL PPO"] = [*cleanrl, *shlex.split(steps)]
+    found["Stable-Baselines3 PPO"] = ["sb3_ppo", count]
+    found["rlox PPO"] = ["rlox_ppo", count]
+    found["TorchRL PPO"] = ["torchrl_ppo", count]
+    found["PPO fused by XLA"] = ["xla_ppo", count]
+    found["**trpo.py**"] = ours(ROOT / "trpo.py", TRPO)
+    found["sb3-contrib TRPO"] = ["sb3_trpo", count]
+    found["**vpg.py**"] = ours(ROOT / "vpg.py", VPG)
+    found["rlox VPG"] = ["rlox_vpg", count]
+    return found
 
 
-def programs(cleanrl: Path | None, steps: int) -> dict[str, list[str]]:
-    """Command lines by name; every peer's stands after ours, in bold, which it is compared with."""
-
-    def peer(name: str) -> list[str]:
-        return [str(ROOT / "benchmarks" / "peers.py"), name, str(steps)]
-
-    vector = CLEANRL.replace("sync", "vector_entry_point")
-    return {
-        "**ppo.py**": ours("ppo.py", CLEANRL, steps),
-        "ppo.py, vector CartPole": ours("ppo.py", vector, steps),
-        **theirs(cleanrl, steps),
-        "Stable-Baselines3 PPO": peer("sb3_ppo"),
-        "rlox PPO": peer("rlox_ppo"),
-        "rlox PPO, Rust CartPole": peer("rlox_ppo_rust"),
-        "TorchRL PPO": peer("torchrl_ppo"),
-        "**trpo.py**": ours("trpo.py", TRPO, steps),
-        "sb3-contrib TRPO": peer("sb3_trpo"),
-        "**vpg.py**": ours("vpg.py", VPG, steps),
-        "vpg.py, vector CartPole": ours("vpg.py", VPG.replace("sync", "vector_entry_point"), steps),
-        "rlox VPG": peer("rlox_vpg"),
-        "rlox VPG, Rust CartPole": peer("rlox_vpg_rust"),
+def run(arguments: list[str]) -> tuple[str, dict[str, float]]:
+    """Runs peers.py in an empty folder. Returns its output, and what the process took."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+        "JAX_PLATFORMS": "cpu",
     }
-
-
-def run(command: list[str]) -> dict[str, float]:
-    """Speed of the whole training, and of its last half if it tells; what the process took."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), *arguments]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}  # compiles anew in each run
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | caches
         start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *command], cwd=folder, env=environment, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         output = log.read()
-        if process.returncode:
-            raise SystemExit(f"{shlex.join(command)} failed:\n{output[-2000:]}")
-        # (steps, steps a second so far): peers print the latter once, CleanRL after each iteration.
-        rows = [(i, float(x)) for i, x in enumerate(re.findall(r"SPS: ([\d.]+)", output), 1)]
-        if not rows:
-            (metrics,) = Path(folder).glob("runs/*/metrics.csv")
-            with open(metrics) as file:
-                for row in csv.DictReader(file):
-                    rows.append((float(row["global_step"]), float(row["charts/SPS"])))
-    (steps, sps), speed = rows[-1], {"sps": rows[-1][1]}
-    if len(rows) > 1:
-        half, half_sps = rows[len(rows) // 2 - 1]
-        speed["last_half_sps"] = (steps - half) / (steps / sps - half / half_sps)
+    if process.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{output[-2000:]}")
     unit = 2**20 if platform.system() == "Darwin" else 2**10
-    cpu, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
-    return speed | {"seconds": seconds, "cpu": cpu, "memory": memory}
+    cpu = usage.ru_utime + usage.ru_stime
+    return output, {"process": seconds, "cpu": cpu, "memory": usage.ru_maxrss / unit}
 
 
-def table(rounds: list[dict[str, dict[str, float]]], long: bool = False) -> str:
-    """Medians over rounds; a ratio compares with the last program in bold."""
-    keys = ["sps", *["last_half_sps"] * long, "seconds", "cpu", "memory"]
-    heads = ["steps/s", *["steps/s of the last half"] * long, "process, s", "CPU, s", "memory, MiB"]
-    heads += [f"steps/s{' of the last half' * long}, ours / this"]
-    heads += ["process, this / ours", "memory, this / ours"]
-    lines = ["| program | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    base = ""
-    for name in rounds[0]:
-        base = name if name.startswith("**") else base
-        cells = []
-        for key in keys:
-            values = sorted(one[name][key] for one in rounds)
-            form = ".1f" if key in ("seconds", "cpu") else ",.0f"
-            spread = f" [{values[0]:{form}}, {values[-1]:{form}}]" if key == "sps" else ""
-            cells.append(f"{statistics.median(values):{form}}{spread}")
-        for key in (keys[long], "seconds", "memory"):
-            ratios = (one[name][key] / one[base][key] for one in rounds)
-            ratio = statistics.median(1 / x if key == keys[long] else x for x in ratios)
-            cells.append(f"{ratio:.2f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def spread(values, form: str) -> str:
+    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
-def measure(commands: dict[str, list[str]], count: int) -> list[dict[str, dict[str, float]]]:
-    rounds: list = []
-    for number in range(count):
-        rounds.append({})
-        for name, command in commands.items():
-            rounds[-1][name] = run(command)
-            print(f"round {number + 1}: {name}", rounds[-1][name], flush=True)
-    return rounds
+def write(name: str, text: str, data: dict) -> None:
+    (RESULTS / f"speed_{name}.md").write_text(f"{text}\n\n{data['about']}.\n")
+    (RESULTS / f"speed_{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    print(text)
 
 
-def main(options: Options) -> None:
-    if options.cleanrl and not options.cleanrl.is_file():
-        raise SystemExit(f"--cleanrl {options.cleanrl}: no such file")
-    peers = about("stable-baselines3", "sb3-contrib", "rlox", "torchrl", "tensordict")
+def machine(options: Train | Solve) -> str:
+    facts = about(*PACKAGES)
     if options.cleanrl:
         digest = hashlib.sha256(options.cleanrl.read_bytes()).hexdigest()
-        peers += f"; CleanRL's ppo.py with SHA-256 {digest[:10]}"
-    steps = -(-options.total_timesteps // 1024) * 1024  # whole rollouts of all programs
-    rounds = measure(programs(options.cleanrl, steps), options.rounds)
-    torch_alone = run(["-c", TORCH_ALONE])["memory"]
-    notes = NOTES.replace("TORCH", f"{torch_alone:,.0f}")
-    text = f"# Training speed and memory\n\nCartPole-v1, {steps:,} steps, one thread; medians of "
-    text += f"{len(rounds)} alternating rounds (`benchmarks/speed.py`).\n\n{table(rounds)}{notes}"
-    command = ours("ppo.py", CLEANRL, options.long_timesteps)
-    compared = {"**ppo.py --compile**": [*command, "--compile"], "ppo.py": command}
-    compared |= theirs(options.cleanrl, options.long_timesteps)
-    long_rounds = measure(compared, options.long_rounds)
-    if long_rounds:
-        text += f"\n`--compile` in a long run: {options.long_timesteps:,} steps, CleanRL's "
-        text += f"hyperparameters, one thread; medians of {len(long_rounds)} alternating rounds.\n"
-        text += "Compilation, from an empty cache, counts in all but the steps/s of the last half."
-        text += f"\n\n{table(long_rounds, long=True)}"
-    (RESULTS / "speed.md").write_text(f"{text}\n{peers}.\n")
-    results = {
-        "about": peers,
-        "torch_alone": torch_alone,
-        "rounds": rounds,
-        "long_rounds": long_rounds,
+        facts += f"; CleanRL's ppo.py with SHA-256 {digest[:10]}"
+    return facts
+
+
+def train(options: Train) -> None:
+    data = {"about": machine(options), "rounds": []}
+    for number in range(options.rounds):
+        results = {}
+        for name, arguments in programs(options).items():
+            output, usage = run(arguments)
+            # CleanRL prints its speed so far after each iteration, the others once.
+            sps = float(re.findall(r"SPS: ([\d.]+)", output)[-1])
+            results[name] = usage | {"sps": sps}
+            print(f"round {number + 1}: {name}: {results[name]}", flush=True)
+        data["rounds"].append(results)
+
+    rows = []
+    for name in data["rounds"][0]:
+        base = name if name.startswith("**") else base
+        column = {k: [one[name][k] for one in data["rounds"]] for k in data["rounds"][0][name]}
+        speedup = [one[base]["sps"] / one[name]["sps"] for one in data["rounds"]]
+        longer = [one[name]["process"] / one[base]["process"] for one in data["rounds"]]
+        row = [name, spread(column["sps"], ",.0f"), f"{statistics.median(speedup):.2f}"]
+        row += [f"{statistics.median(column['process']):.1f}", f"{statistics.median(longer):.2f}"]
+        row += [f"{statistics.median(column[key]):,.0f}" for key in ("cpu", "memory")]
+        rows.append(row)
+    heads = ["program", "steps/s", "ours / this", "process, s", "this / ours", "CPU, s"]
+    text = [
+        "# Training speed and memory",
+        "",
+        f"CartPole-v1, {options.total_timesteps:,} steps; medians of {options.rounds} rounds.",
+        "",
+        table([*heads, "memory, MiB"], rows),
+        "",
+        "benchmarks/README.md says how to read it.",
+    ]
+    write("train", "\n".join(text), data)
+
+
+def solve(options: Solve) -> None:
+    commands = {"ppo.py": ["solve_ours", str(ROOT / "ppo.py")]}
+    if options.cleanrl:
+        commands["CleanRL ppo.py"] = ["solve_cleanrl", str(options.cleanrl.resolve()), "--no-cuda"]
+    data = {"about": machine(options), "runs": {name: [] for name in commands}}
+    never = dict.fromkeys(("steps", "train", "command"), math.inf)
+    for seed in range(1, options.seeds + 1):
+        for name, arguments in commands.items():
+            output, _ = run([*arguments, "--seed", str(seed)])
+            found = re.search(r"solved (\{.*\})", output)
+            result = json.loads(found[1]) if found else {"first": never, "lasting": never}
+            data["runs"][name].append(result)
+            print(name, seed, result, flush=True)
+
+    text = [
+        "# Seconds until CartPole-v1 is solved",
+        "",
+        "Each program at its defaults, until the mean of 100 greedy episodes is at least 475;",
+        f"median [lowest, highest] of seeds 1 to {options.seeds}.",
+        "training: from the first reset. command: from the first line, with imports.",
+        "The evaluations, one an iteration, are off the clocks.",
+    ]
+    titles = {
+        "lasting": f"For good: at every look over the {LASTING:,} steps that follow",
+        "first": "For the first time, if only at one look",
     }
-    (RESULTS / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{text}\n{peers}.")
-    for name in options.also:
-        flags = ["--cleanrl", str(options.cleanrl)] * (name == "solved" and bool(options.cleanrl))
-        subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *flags], check=True
-        )
+    forms = {"steps": ",.0f", "train": ".2f", "command": ".1f"}
+    for when, title in titles.items():
+        rows = []
+        for name, results in data["runs"].items():
+            cells = [spread([one[when][k] for one in results], forms[k]) for k in forms]
+            rows.append([name, *cells])
+        text += [
+            "",
+            f"{title}:",
+            "",
+            table(["program", "steps", "training, s", "command, s"], rows),
+        ]
+    write("solve", "\n".join(text), data)
+
+
+def timed_run(args) -> dict[str, float]:
+    """Microseconds a step of each part of a training run, and the same torch or environment alone.
+
+    Alone are the calls that no run can do without: the actor's forward pass for each step, the two
+    networks' forward and backward passes, clipping and Adam for each minibatch, and Gymnasium's own
+    environment without our wrappers.
+    """
+    import gymnasium as gym
+    import numpy as np
+    import ppo
+    import torch
+
+    seconds = dict.fromkeys(("act", "act alone", "step", "step alone", "update"), 0.0)
+    seconds |= {"update alone": 0.0, "values": 0.0, "gae": 0.0}
+    kept: dict = {}
+
+    def timed(part: str, call):
+        def timed_call(*arguments):
+            start = time.perf_counter()
+            result = call(*arguments)
+            seconds[part] += time.perf_counter() - start
+            return result
+
+        return timed_call
+
+    def make_envs(*arguments):
+        envs = original["make_envs"](*arguments)
+        envs.step = timed("step", envs.step)
+        return envs
+
+    def start_clock(*arguments, **keywords):
+        kept["progress"] = original["tqdm"](*arguments, **keywords)
+        kept["start"] = time.perf_counter()
+        return kept["progress"]
+
+    def evaluate(agent, _) -> float:
+        seconds["all"] = time.perf_counter() - kept["start"]
+        kept["agent"] = agent
+        return 0.0
+
+    names = ("make_envs", "tqdm", "evaluate", "update", "estimate_advantages", "compute_gae")
+    original = {name: getattr(ppo, name) for name in names}
+    act = ppo.Agent.act
+    ppo.make_envs, ppo.tqdm, ppo.evaluate = make_envs, start_clock, evaluate
+    ppo.update = timed("update", ppo.update)
+    ppo.estimate_advantages = timed("values", ppo.estimate_advantages)
+    ppo.compute_gae = timed("gae", ppo.compute_gae)
+    ppo.Agent.act = timed("act", act)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silent:
+        with contextlib.chdir(folder), contextlib.redirect_stderr(silent):
+            with contextlib.redirect_stdout(silent):
+                ppo.train(args)
+    for name, value in original.items():
+        setattr(ppo, name, value)
+    ppo.Agent.act = act
+
+    steps, agent = kept["progress"].n, kept["agent"]
+    envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode)
+    obs, _ = envs.reset(seed=1)
+    actions = envs.action_space.sample()
+    obs = torch.as_tensor(obs)
+    rows = args.num_envs * args.num_steps // args.num_minibatches
+    minibatch = torch.as_tensor(np.resize(obs, (rows, obs.shape[1])))
+    (optimizer,) = ppo.make_optimizers(agent, args)
+
+    @torch.no_grad()
+    def act_alone():
+        agent.actor(obs)
+
+    def update_alone():
+        loss = agent.actor(minibatch).mean() + agent.critic(minibatch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        optimizer.step()
+
+    for _ in range(steps // args.num_envs):
+        timed("act alone", act_alone)()
+        timed("step alone", envs.step)(actions)
+    for _ in range(steps * args.update_epochs // rows):
+        timed("update alone", update_alone)()
+    return {part: 1e6 * value / steps for part, value in seconds.items()}
+
+
+def share(options: Share) -> None:
+    sys.path.insert(0, str(ROOT))
+    import ppo
+
+    total = f"--total-timesteps {options.total_timesteps}"
+    defaults = tyro.cli(ppo.Args, args=shlex.split(total))
+    cleanrl = tyro.cli(ppo.Args, args=shlex.split(f"{PPO} {total}"))
+    kinds = {"defaults": defaults, "CleanRL's hyperparameters": cleanrl}
+    data = {"about": about(), "runs": {name: [] for name in kinds}}
+    timed_run(defaults)  # warms up
+    for _ in range(options.rounds):
+        for name, args in kinds.items():
+            data["runs"][name].append(timed_run(args))
+
+    parts = ("act", "step", "update", "values", "gae")
+    rows = []
+    for name, runs in data["runs"].items():
+        mean = {part: statistics.median(one[part] for one in runs) for part in runs[0]}
+        mean["other"] = mean["all"] - sum(mean[p] for p in ("act", "step", "update", "values"))
+        mean["alone"] = mean["act alone"] + mean["step alone"] + mean["update alone"]
+        row = [name]
+        for part in (*parts, "other", "all", "alone"):
+            alone = f", alone {mean[f'{part} alone']:.1f}" if f"{part} alone" in mean else ""
+            digits = 2 if part == "gae" else 1
+            row.append(f"{mean[part]:.{digits}f} ({mean[part] / mean['all']:.{digits}%}{alone})")
+        rows.append(row)
+    heads = ["ppo.py", "acting", "environment", "update", "values and GAE", "of which GAE"]
+    text = [
+        "# Where the time of a training run goes",
+        "",
+        f"Microseconds a step (share of all); medians of {options.rounds} runs of",
+        f"{options.total_timesteps:,} steps of CartPole-v1, one thread.",
+        "",
+        table([*heads, "other", "all", "torch and environment alone"], rows),
+        "",
+        "benchmarks/README.md says how to read it.",
+    ]
+    write("share", "\n".join(text), data)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    chosen = tyro.cli(
+        Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Solve, tyro.conf.subcommand("solve")]
+        | Annotated[Share, tyro.conf.subcommand("share")]
+    )
+    {Train: train, Solve: solve, Share: share}[type(chosen)](chosen)
