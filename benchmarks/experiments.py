@@ -1,127 +1,42 @@
-"""The tutorial's claims as experiments on CartPole-v1.
+"""What each idea does to the gradient's variance and bias on CartPole-v1, as the tutorial claims.
 
-    python -m uv run --extra bench benchmarks/experiments.py NAME [--seeds 10] [--workers 2]
+    python -m uv run --extra bench benchmarks/experiments.py
 
-NAME is variance, lambda, ladder, clipping or stepsize. Data go to benchmarks/results/NAME.json, a
-figure to NAME.png, tables of all to experiments.md. --redraw makes the last two from the first.
+Writes gradient.json, gradient.md, variance.png and bias.png to benchmarks/results. The tutorial's
+claims about training are groups of commands.json: tutorial, clipping, stepsize and others.
 """
 
 import contextlib
 import copy
-import importlib
 import json
-import os
-import shlex
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import tyro
-from common import COLORS, OTHER_COLORS, RESULTS, ROOT, STYLE, about, band, interval, table
-from report import POINTS, curve, estimate, read_metrics
+from common import COLORS, OTHER_COLORS, RESULTS, ROOT, STYLE, about, band, table
 from torch.nn.utils import parameters_to_vector
 
 sys.path.insert(0, str(ROOT))
-import reinforce  # noqa: E402
-import vpg  # noqa: E402
+import reinforce
+import vpg
 
-EPISODES, ESTIMATES = 8, 512  # episodes of one estimate of the gradient; estimates at a policy
+EPISODES = 8  # of one estimate of the gradient
+ESTIMATES = 512  # at each policy
 TARGETS = [0, 50, 100, 200, 350, 475]  # returns at which policies are taken from one training
+BIAS_TARGET = 3  # which of them GAE's bias is measured at
 LAMBDAS = [0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0]
 PLAIN = {"norm_adv": False, "vf_epochs": 1}
-WAYS: dict[str, dict] = {
-    "variance": {
-        "total return": (reinforce, {"reward_to_go": False}),
-        "reward-to-go": (reinforce, {}),
-        "minus V(s)": (vpg, {**PLAIN, "gae_lambda": 1.0}),
-        "GAE, λ = 0.97": (vpg, {**PLAIN, "gae_lambda": 0.97}),
-    },
-    "lambda": {f"{value:g}": (vpg, {**PLAIN, "gae_lambda": value}) for value in LAMBDAS},
+IDEAS = {
+    "total return": (reinforce, {"reward_to_go": False}),
+    "reward-to-go": (reinforce, {}),
+    "minus V(s)": (vpg, {**PLAIN, "gae_lambda": 1.0}),
+    "GAE, λ = 0.97": (vpg, {**PLAIN, "gae_lambda": 0.97}),
 }
-WAY_COLORS = [COLORS["reinforce"], OTHER_COLORS[0], OTHER_COLORS[1], COLORS["vpg"]]
-
-# What the tutorial leaves open is its library's default (minibatches of 256), else the script's.
-LARGE = "--no-normalize-rewards --no-anneal-lr --num-steps 2048"
-TUTORIAL = {
-    "reinforce": "--no-normalize-rewards --no-anneal-lr --learning-rate 3e-4",
-    "vpg": f"{LARGE} --learning-rate 3e-4 --vf-learning-rate 1e-3 --vf-epochs 5",
-    "trpo": f"{LARGE} --vf-learning-rate 1e-3 --vf-epochs 5",
-    "ppo": f"{LARGE} --learning-rate 3e-4 --update-epochs 4 --num-minibatches 64",
-}
-CLIPS = {"ε = 0.05": 0.05, "ε = 0.2": 0.2, "ε = 0.5": 0.5, "no clip": 1e9}
-RATES = {
-    "3e-4, constant": "--learning-rate 3e-4 --no-anneal-lr",
-    "5e-3, annealed": "--learning-rate 5e-3",
-    "5e-2, annealed": "--learning-rate 5e-2",
-}
-GRIDS = dict.fromkeys(("reinforce", "vpg", "ppo"), np.logspace(-4, -1, 7))
-GRIDS["trpo"] = np.logspace(-4, 2, 7)  # of the target KL, not of the learning rate
-TRAININGS: dict[str, dict[str, str]] = {
-    "lambda": {f"λ = {value:g}": f"vpg.py --gae-lambda {value:g}" for value in LAMBDAS},
-    "ladder": {f"tutorial: {name}": f"{name}.py {TUTORIAL[name]}" for name in COLORS}
-    | {f"defaults: {name}": f"{name}.py" for name in COLORS},
-    "clipping": {
-        f"{rate}: {clip}": f"ppo.py --clip-coef {CLIPS[clip]:g} {RATES[rate]}"
-        for rate in RATES
-        for clip in CLIPS
-    }
-    | {f"{rate}: vpg": f"vpg.py {RATES[rate]}" for rate in RATES},
-    "stepsize": {
-        f"{name}: {x:.1e}": f"{name}.py {'--target-kl' if name == 'trpo' else '--learning-rate'} {x}"
-        for name in COLORS
-        for x in GRIDS[name]
-    },
-}
-QUESTIONS = {
-    "variance": "How much of the gradient's variance does each idea remove?",
-    "lambda": "What does GAE's λ trade, and which one trains best?",
-    "ladder": "How do the four compare, as the tutorial sets them and by default?",
-    "clipping": "What does the clip prevent?",
-    "stepsize": "At which step size does each one break?",
-}
-
-
-@dataclass
-class Options:
-    name: tyro.conf.Positional[Literal["variance", "lambda", "ladder", "clipping", "stepsize"]]
-    seeds: int = 10  # seeds of each training; variance takes one training
-    workers: int = 2  # runs at a time
-    redraw: bool = False  # run nothing, draw the data that are there
-
-
-def train(command: str, seed: int) -> tuple[float, list[dict[str, float]]]:
-    """Runs a command. Returns its mean greedy return and the lines of metrics.jsonl."""
-    script, *flags = shlex.split(command)
-    module = importlib.import_module(Path(script).stem)
-    args = tyro.cli(module.Args, args=[*flags, "--eval-episodes", "20", "--seed", str(seed)])
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silent:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(silent):
-            with contextlib.redirect_stderr(silent):
-                greedy = module.train(args)
-            return greedy, read_metrics(list(Path("runs").iterdir()))
-
-
-def train_all(pool: ProcessPoolExecutor, commands: dict[str, str], seeds: int) -> dict[str, dict]:
-    """Greedy returns (S,) and learning curves (S, POINTS) of each command."""
-    jobs = {
-        label: [pool.submit(train, command, seed) for seed in range(1, seeds + 1)]
-        for label, command in commands.items()
-    }
-    results = {}
-    for label, futures in jobs.items():
-        runs = [future.result() for future in futures]
-        steps = min(rows[-1]["global_step"] for _, rows in runs)
-        grid = np.linspace(0, steps, POINTS + 1)[1:]
-        curves = [curve(rows, grid).round(1).tolist() for _, rows in runs]
-        results[label] = {"steps": steps, "returns": [r for r, _ in runs], "curves": curves}
-    return results
+GAES = {f"{value:g}": (vpg, {**PLAIN, "gae_lambda": value}) for value in LAMBDAS}
+IDEA_COLORS = [COLORS["reinforce"], OTHER_COLORS[0], OTHER_COLORS[1], COLORS["vpg"]]
 
 
 def take_policies(targets: list[int]) -> list[vpg.Agent]:
@@ -134,8 +49,12 @@ def take_policies(targets: list[int]) -> list[vpg.Agent]:
             found.append(copy.deepcopy(agent))
         return estimate_advantages(agent, rollout, args)
 
-    with patch.object(vpg, "estimate_advantages", watch):
-        train("vpg.py --no-normalize-rewards", 1)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        patch.object(vpg, "estimate_advantages", watch),
+    ):
+        vpg.train(vpg.Args(normalize_rewards=False, eval_episodes=1))
     if len(found) < len(targets):
         raise RuntimeError(f"vpg.py never returned {targets[len(found)]} in a rollout")
     return found
@@ -203,159 +122,67 @@ def moments(estimates: np.ndarray, reference: np.ndarray) -> list[list[float]]:
     return [[r[0], *np.percentile(r[1:], (2.5, 97.5))] for r in ratios]
 
 
-def compare(agent: vpg.Agent, name: str, reference: str) -> dict:
-    """The moments of an experiment's estimates at one policy, against those of reference."""
-    torch.set_num_threads(1)
-    estimates, mean_return = gradients(agent, WAYS[name])
-    against = estimates[list(WAYS[name]).index(reference)]
-    ways = {way: moments(one, against) for way, one in zip(WAYS[name], estimates)}
-    return {"return": mean_return, "ways": ways}
+def compare(agent: vpg.Agent, ways: dict, reference: str) -> dict:
+    """The moments of each way's estimates at one policy, against those of reference."""
+    estimates, mean_return = gradients(agent, ways)
+    against = estimates[list(ways).index(reference)]
+    return {
+        "return": mean_return,
+        "ways": {way: moments(one, against) for way, one in zip(ways, estimates)},
+    }
 
 
-def measure(name: str, pool: ProcessPoolExecutor, seeds: int) -> dict:
-    data: dict = {"runs": {}, "policies": []}
-    if name in WAYS:
-        targets, reference = (TARGETS, "total return") if name == "variance" else ([200], "1")
-        jobs = [pool.submit(compare, a, name, reference) for a in take_policies(targets)]
-        data["policies"] = [job.result() for job in jobs]
-    if name in TRAININGS:
-        data["runs"] = train_all(pool, TRAININGS[name], seeds)
-    return data
-
-
-def draw_variance(data: dict, fig) -> None:
-    x = [policy["return"] for policy in data["policies"]]
-    titles = ("variance (total return: 1)", "|mean|² / variance")
-    for number, (ax, title) in enumerate(zip(fig.subplots(1, 2), titles)):
-        for way, color in zip(WAYS["variance"], WAY_COLORS):
-            values = np.transpose([policy["ways"][way][number] for policy in data["policies"]])
+def draw(data: dict) -> None:
+    plt.rcParams.update(STYLE)
+    title = f"CartPole-v1, {ESTIMATES} estimates of {EPISODES} episodes, 95 % intervals"
+    fig, axes = plt.subplots(1, 2, figsize=(12, 5.2))
+    x = [policy["return"] for policy in data["ideas"]]
+    names = ("variance (total return: 1)", "|mean|² / variance")
+    for number, (ax, name) in enumerate(zip(axes, names)):
+        for way, color in zip(IDEAS, IDEA_COLORS):
+            values = np.transpose([policy["ways"][way][number] for policy in data["ideas"]])
             band(ax, x, values, way, color=color, marker="o")
-        ax.set(title=title, yscale="log", xlabel="mean return of the policy", xlim=(x[0], x[-1]))
+        ax.set(title=name, yscale="log", xlabel="mean return of the policy", xlim=(x[0], x[-1]))
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, title=title)
+    fig.savefig(RESULTS / "variance.png")
 
-
-def draw_lambda(data: dict, fig) -> None:
-    left, right = fig.subplots(1, 2)
-    (policy,) = data["policies"]
+    fig, ax = plt.subplots(figsize=(8, 5.2))
     x = np.arange(len(LAMBDAS))
-    bias, variance = (np.transpose([w[n] for w in policy["ways"].values()]) for n in (2, 3))
-    band(left, x[:-1], bias[:, :-1], "squared bias", color=OTHER_COLORS[2], marker="o")
-    band(left, x, variance, "variance", color=OTHER_COLORS[1], marker="o")
-    left.set(title="of the gradient", yscale="log", ylabel="share of |mean at λ = 1|²")
-    runs = data["runs"].values()
-    greedy = interval(np.transpose([run["returns"] for run in runs]))
-    during = interval(np.transpose([np.mean(run["curves"], axis=1) for run in runs]))
-    band(right, x, greedy, "greedy, at the end", color=COLORS["vpg"], marker="o")
-    band(right, x, during, "mean over training", color=OTHER_COLORS[0], marker="o")
-    right.set(title="of training with vpg.py", ylabel="return")
-    for ax in (left, right):
-        ax.set(xlabel="λ", xlim=(0, x[-1]))
-        ax.set_xticks(x, [f"{value:g}" for value in LAMBDAS])
+    bias, variance = (np.transpose([w[n] for w in data["gae"]["ways"].values()]) for n in (2, 3))
+    band(ax, x[:-1], bias[:, :-1], "squared bias", color=OTHER_COLORS[2], marker="o")
+    band(ax, x, variance, "variance", color=OTHER_COLORS[1], marker="o")
+    ax.set(yscale="log", xlabel="λ of GAE", ylabel="share of |mean at λ = 1|²", xlim=(0, x[-1]))
+    ax.set_xticks(x, [f"{value:g}" for value in LAMBDAS])
+    fig.legend(loc="outside upper center", ncols=2, title=title)
+    fig.savefig(RESULTS / "bias.png")
 
 
-def draw_curves(data: dict, fig) -> None:
-    """Learning curves of the runs "panel: label"."""
-    panels = list(dict.fromkeys(label.split(": ")[0] for label in data["runs"]))
-    for ax, panel in zip(np.atleast_1d(fig.subplots(1, len(panels), sharey=True)), panels):
-        runs = {k.split(": ")[1]: run for k, run in data["runs"].items() if k.startswith(panel)}
-        shortest = min(run["steps"] for run in runs.values())
-        shades = iter([OTHER_COLORS[0], COLORS["ppo"], *OTHER_COLORS[1:]])
-        for label, run in runs.items():
-            grid = np.linspace(0, run["steps"], POINTS + 1)[1:]
-            color = COLORS.get(label) or next(shades)
-            band(ax, grid / 1000, interval(run["curves"]), label, color=color)
-        ax.set(title=panel, xlabel="thousand steps", xlim=(0, shortest / 1000), ylim=(0, 505))
-    fig.axes[0].set_ylabel("return of training episodes")
-
-
-def draw_stepsize(data: dict, fig) -> None:
-    left, right = fig.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    for name, grid in GRIDS.items():
-        ax = right if name == "trpo" else left
-        means = interval(np.transpose([data["runs"][f"{name}: {x:.1e}"]["returns"] for x in grid]))
-        band(ax, grid, means, name, color=COLORS[name], marker="o")
-        ax.set(xscale="log", xlim=(grid[0], grid[-1]), ylim=(0, 505))
-    left.set(xlabel="learning rate", ylabel="greedy return after training")
-    right.set(xlabel="target KL")
-
-
-DRAWINGS = {
-    "variance": draw_variance,
-    "lambda": draw_lambda,
-    "ladder": draw_curves,
-    "clipping": draw_curves,
-    "stepsize": draw_stepsize,
-}
-
-
-def tables(data: dict) -> list[str]:
-    lines: list[str] = []
-    for policy in data["policies"]:
-        heads = [
-            "variance / reference's",
-            "signal / variance",
-            "bias² / signal",
-            "variance / signal",
-        ]
+def tables(data: dict) -> str:
+    lines = ["# The gradient's variance and bias", "", "Written by `benchmarks/experiments.py`."]
+    lines += ["Each value has a 95 % bootstrap interval. The reference is total return, or λ = 1."]
+    heads = ["variance / reference's", "signal / variance", "bias² / signal", "variance / signal"]
+    for policy in [*data["ideas"], data["gae"]]:
         rows = [
             [way, *("{:.3g} [{:.3g}, {:.3g}]".format(*value) for value in values)]
             for way, values in policy["ways"].items()
         ]
         lines += ["", f"At a policy of mean return {policy['return']:.0f}:", ""]
         lines += [table(["estimate", *heads], rows)]
-    rows = []
-    for label, run in data["runs"].items():
-        # Collapsed: the mean over five points fell below half of an earlier one of 200 or more.
-        smooth = np.lib.stride_tricks.sliding_window_view(run["curves"], 5, axis=1).mean(-1)
-        peaks = np.maximum.accumulate(smooth, axis=1)
-        collapsed = ((peaks >= 200) & (smooth < peaks / 2)).any(1).sum()
-        solved = sum(value >= 475 for value in run["returns"])
-        rows.append([label, estimate(run["returns"]), str(solved), str(collapsed)])
-    if rows:
-        lines += ["", table(["training", "greedy return", "solved", "collapsed"], rows)]
-    return lines
+    return "\n".join([*lines, "", f"{data['about']}."])
 
 
-def report(name: str) -> None:
-    """Draws NAME.png and writes the tables of all experiments that have data."""
-    plt.rcParams.update(STYLE)
-    lines = [
-        "# The tutorial's claims as experiments",
-        "",
-        "Written by `benchmarks/experiments.py`; [low, high] is a 95 % bootstrap interval. Solved: a",
-        "mean greedy return of 475 or more. Collapsed: the training return fell below half of an",
-        "earlier one of 200 or more.",
-    ]
-    for known, question in QUESTIONS.items():
-        if not (RESULTS / f"{known}.json").exists():
-            continue
-        data = json.loads((RESULTS / f"{known}.json").read_text())
-        lines += ["", f"## {known}", "", question, "", f"![{known}]({known}.png)", *tables(data)]
-        lines += ["", f"{data['about']}."]
-        if known == name:
-            fig = plt.figure(figsize=(12, 5.2))
-            DRAWINGS[known](data, fig)
-            handles = {}
-            for ax in fig.axes:
-                handles |= {label: h for h, label in zip(*ax.get_legend_handles_labels())}
-            places = {"loc": "outside upper center", "ncols": 5, "title": data["title"]}
-            fig.legend(handles.values(), handles, **places)
-            fig.savefig(RESULTS / f"{known}.png")
-    (RESULTS / "experiments.md").write_text("\n".join(lines) + "\n")
-
-
-def main(options: Options) -> None:
-    if not options.redraw:
-        with ProcessPoolExecutor(options.workers) as pool:
-            data = measure(options.name, pool, options.seeds)
-        data["title"] = f"CartPole-v1, mean and 95 % interval of {options.seeds} seeds"
-        if options.name == "variance":
-            data["title"] = (
-                f"CartPole-v1, {ESTIMATES} estimates of {EPISODES} episodes at each policy"
-            )
-        data["about"] = about()
-        (RESULTS / f"{options.name}.json").write_text(json.dumps(data) + "\n")
-    report(options.name)
+def main() -> None:
+    torch.set_num_threads(1)
+    agents = take_policies(TARGETS)
+    data = {
+        "about": about(),
+        "ideas": [compare(agent, IDEAS, "total return") for agent in agents],
+        "gae": compare(agents[BIAS_TARGET], GAES, "1"),
+    }
+    (RESULTS / "gradient.json").write_text(json.dumps(data) + "\n")
+    (RESULTS / "gradient.md").write_text(tables(data) + "\n")
+    draw(data)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main()

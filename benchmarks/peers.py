@@ -2,9 +2,9 @@
 
     python -m uv run --extra peers benchmarks/peers.py NAME ARGUMENTS
 
-`ours SCRIPT FLAGS`, `cleanrl SCRIPT FLAGS` and the libraries' names with a number of STEPS print the
-steps a second of the training loop. `solve_ours` and `solve_cleanrl` print when CartPole is solved.
-Each function imports what it needs, so that no program pays for another's imports.
+`ours SCRIPT FLAGS`, `cleanrl SCRIPT FLAGS` and a library's name with a number of STEPS print the
+steps a second of training. `solve_ours` and `solve_cleanrl` print when CartPole-v1 is solved. Each
+function imports what it needs, so that no program pays for another's imports.
 """
 
 import time

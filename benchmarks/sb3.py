@@ -19,7 +19,6 @@ import tyro
 from common import ROOT
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
-from stable_baselines3.common.callbacks import BaseCallback
 
 sys.path.insert(0, str(ROOT))
 import ppo
@@ -34,32 +33,6 @@ class Args:
     seed: int = 1  # seed of parameters, actions and environments
     total_timesteps: int = 50_000  # steps of training
     eval_episodes: int = 100  # greedy episodes after training
-
-
-class Record(BaseCallback):
-    """Appends the mean return of the episodes that ended in the last 1,024 steps or more."""
-
-    def __init__(self, run_dir: Path):
-        super().__init__()
-        self.run_dir = run_dir
-        self.returns: list[float] = []
-        self.last_step = 0
-        self.last_time = time.perf_counter()
-
-    def _on_step(self) -> bool:
-        self.returns += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
-        steps = self.num_timesteps - self.last_step
-        if steps >= 1024:
-            now = time.perf_counter()
-            metrics = {"global_step": self.num_timesteps}
-            metrics["charts/SPS"] = steps / (now - self.last_time)
-            if self.returns:
-                metrics["charts/episodic_return"] = float(np.mean(self.returns))
-            ppo.log(metrics, self.run_dir, None)
-            self.returns = []
-            self.last_step = self.num_timesteps
-            self.last_time = now
-        return True
 
 
 class Agent:
@@ -83,7 +56,11 @@ def train(args: Args) -> float:
     if len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
     model = ALGORITHMS[args.algorithm]("MlpPolicy", env, seed=args.seed, device="cpu")
-    model.learn(args.total_timesteps, Record(run_dir))
+    start = time.perf_counter()
+    model.learn(args.total_timesteps)
+    metrics = {"global_step": model.num_timesteps}
+    metrics["charts/SPS"] = model.num_timesteps / (time.perf_counter() - start)
+    ppo.log(metrics, run_dir, None)
     evaluation = ppo.Args(
         env_id=args.env_id,
         seed=args.seed,

@@ -22,9 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from unittest.mock import patch
 
 import tyro
 from common import RESULTS, ROOT, about, table
@@ -69,27 +71,24 @@ class Share:
 
 def programs(options: Train) -> dict[str, list[str]]:
     """Arguments of peers.py by name. Each is compared with the last name in bold before it."""
-    steps = f"--total-timesteps {options.total_timesteps}"
     count = str(options.total_timesteps)
-
-    def ours(script: Path, flags: str) -> list[str]:
-        return ["ours", str(script), *shlex.split(f"{flags} {steps}")]
-
-    found = {"**ppo.py**": ours(ROOT / "ppo.py", PPO)}
+    steps = ["--total-timesteps", count]
+    found = {"**ppo.py**": ["ours", str(ROOT / "ppo.py"), *PPO.split(), *steps]}
     if options.first:
-        found["ppo.py, first edition"] = ours(options.first.resolve(), PPO)
+        first = str(options.first.resolve())
+        found["ppo.py, first edition"] = ["ours", first, *PPO.split(), *steps]
     if options.cleanrl:
-        cleanrl = ["cleanrl", str(options.cleanrl.resolve()), "--no-cuda"]
-        found["CleanRL PPO"] = [*cleanrl, *shlex.split(steps)]
-    found["Stable-Baselines3 PPO"] = ["sb3_ppo", count]
-    found["rlox PPO"] = ["rlox_ppo", count]
-    found["TorchRL PPO"] = ["torchrl_ppo", count]
-    found["PPO fused by XLA"] = ["xla_ppo", count]
-    found["**trpo.py**"] = ours(ROOT / "trpo.py", TRPO)
-    found["sb3-contrib TRPO"] = ["sb3_trpo", count]
-    found["**vpg.py**"] = ours(ROOT / "vpg.py", VPG)
-    found["rlox VPG"] = ["rlox_vpg", count]
-    return found
+        found["CleanRL PPO"] = ["cleanrl", str(options.cleanrl.resolve()), "--no-cuda", *steps]
+    return found | {
+        "Stable-Baselines3 PPO": ["sb3_ppo", count],
+        "rlox PPO": ["rlox_ppo", count],
+        "TorchRL PPO": ["torchrl_ppo", count],
+        "PPO fused by XLA": ["xla_ppo", count],
+        "**trpo.py**": ["ours", str(ROOT / "trpo.py"), *TRPO.split(), *steps],
+        "sb3-contrib TRPO": ["sb3_trpo", count],
+        "**vpg.py**": ["ours", str(ROOT / "vpg.py"), *VPG.split(), *steps],
+        "rlox VPG": ["rlox_vpg", count],
+    }
 
 
 def run(arguments: list[str]) -> tuple[str, dict[str, float]]:
@@ -146,6 +145,7 @@ def train(options: Train) -> None:
         data["rounds"].append(results)
 
     rows = []
+    base = ""
     for name in data["rounds"][0]:
         base = name if name.startswith("**") else base
         column = {k: [one[name][k] for one in data["rounds"]] for k in data["rounds"][0][name]}
@@ -210,19 +210,17 @@ def solve(options: Solve) -> None:
 
 
 def timed_run(args) -> dict[str, float]:
-    """Microseconds a step of each part of a training run, and the same torch or environment alone.
+    """Microseconds a step of each part of ppo.py's training, and of what no run can do without.
 
-    Alone are the calls that no run can do without: the actor's forward pass for each step, the two
-    networks' forward and backward passes, clipping and Adam for each minibatch, and Gymnasium's own
-    environment without our wrappers.
+    Alone are a forward pass of the actor for each step, a forward and a backward pass, clipping and
+    Adam for each minibatch, and Gymnasium's environment without our wrappers.
     """
     import gymnasium as gym
-    import numpy as np
-    import ppo
     import torch
 
-    seconds = dict.fromkeys(("act", "act alone", "step", "step alone", "update"), 0.0)
-    seconds |= {"update alone": 0.0, "values": 0.0, "gae": 0.0}
+    import ppo
+
+    seconds: dict[str, float] = defaultdict(float)
     kept: dict = {}
 
     def timed(part: str, call):
@@ -234,44 +232,38 @@ def timed_run(args) -> dict[str, float]:
 
         return timed_call
 
-    def make_envs(*arguments):
-        envs = original["make_envs"](*arguments)
+    def make_envs(*arguments, original=ppo.make_envs):
+        envs = original(*arguments)
         envs.step = timed("step", envs.step)
         return envs
 
-    def start_clock(*arguments, **keywords):
-        kept["progress"] = original["tqdm"](*arguments, **keywords)
+    def start_clock(*arguments, original=ppo.tqdm, **keywords):
+        kept["progress"] = original(*arguments, **keywords)
         kept["start"] = time.perf_counter()
         return kept["progress"]
 
-    def evaluate(agent, _) -> float:
+    def stop_clock(agent, _) -> float:
         seconds["all"] = time.perf_counter() - kept["start"]
         kept["agent"] = agent
         return 0.0
 
-    names = ("make_envs", "tqdm", "evaluate", "update", "estimate_advantages", "compute_gae")
-    original = {name: getattr(ppo, name) for name in names}
-    act = ppo.Agent.act
-    ppo.make_envs, ppo.tqdm, ppo.evaluate = make_envs, start_clock, evaluate
-    ppo.update = timed("update", ppo.update)
-    ppo.estimate_advantages = timed("values", ppo.estimate_advantages)
-    ppo.compute_gae = timed("gae", ppo.compute_gae)
-    ppo.Agent.act = timed("act", act)
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silent:
-        with contextlib.chdir(folder), contextlib.redirect_stderr(silent):
-            with contextlib.redirect_stdout(silent):
-                ppo.train(args)
-    for name, value in original.items():
-        setattr(ppo, name, value)
-    ppo.Agent.act = act
+    hooks = {"make_envs": make_envs, "tqdm": start_clock, "evaluate": stop_clock}
+    for name in ("update", "estimate_advantages", "compute_gae"):
+        hooks[name] = timed(name, getattr(ppo, name))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        patch.multiple(ppo, **hooks),
+        patch.object(ppo.Agent, "act", timed("act", ppo.Agent.act)),
+    ):
+        ppo.train(args)
 
-    steps, agent = kept["progress"].n, kept["agent"]
+    agent, steps = kept["agent"], kept["progress"].n
     envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode)
-    obs, _ = envs.reset(seed=1)
+    obs = torch.as_tensor(envs.reset(seed=1)[0])
     actions = envs.action_space.sample()
-    obs = torch.as_tensor(obs)
     rows = args.num_envs * args.num_steps // args.num_minibatches
-    minibatch = torch.as_tensor(np.resize(obs, (rows, obs.shape[1])))
+    minibatch = obs.repeat(-(-rows // len(obs)), 1)[:rows]
     (optimizer,) = ppo.make_optimizers(agent, args)
 
     @torch.no_grad()
@@ -298,39 +290,28 @@ def share(options: Share) -> None:
     import ppo
 
     total = f"--total-timesteps {options.total_timesteps}"
-    defaults = tyro.cli(ppo.Args, args=shlex.split(total))
-    cleanrl = tyro.cli(ppo.Args, args=shlex.split(f"{PPO} {total}"))
-    kinds = {"defaults": defaults, "CleanRL's hyperparameters": cleanrl}
-    data = {"about": about(), "runs": {name: [] for name in kinds}}
-    timed_run(defaults)  # warms up
+    kinds = {"its defaults": total, "CleanRL's hyperparameters": f"{PPO} {total}"}
+    data: dict = {"about": about(), "runs": {name: [] for name in kinds}}
     for _ in range(options.rounds):
-        for name, args in kinds.items():
+        for name, flags in kinds.items():
+            args = tyro.cli(ppo.Args, args=shlex.split(flags))
             data["runs"][name].append(timed_run(args))
-
-    parts = ("act", "step", "update", "values", "gae")
-    rows = []
+    text = f"# Where the time of a training run goes\n\n{options.total_timesteps:,} steps of"
+    text += f" CartPole-v1 with ppo.py, medians of {options.rounds} runs, microseconds a step.\n"
+    text += "benchmarks/README.md says how to read it."
     for name, runs in data["runs"].items():
-        mean = {part: statistics.median(one[part] for one in runs) for part in runs[0]}
-        mean["other"] = mean["all"] - sum(mean[p] for p in ("act", "step", "update", "values"))
-        mean["alone"] = mean["act alone"] + mean["step alone"] + mean["update alone"]
-        row = [name]
-        for part in (*parts, "other", "all", "alone"):
-            alone = f", alone {mean[f'{part} alone']:.1f}" if f"{part} alone" in mean else ""
-            digits = 2 if part == "gae" else 1
-            row.append(f"{mean[part]:.{digits}f} ({mean[part] / mean['all']:.{digits}%}{alone})")
-        rows.append(row)
-    heads = ["ppo.py", "acting", "environment", "update", "values and GAE", "of which GAE"]
-    text = [
-        "# Where the time of a training run goes",
-        "",
-        f"Microseconds a step (share of all); medians of {options.rounds} runs of",
-        f"{options.total_timesteps:,} steps of CartPole-v1, one thread.",
-        "",
-        table([*heads, "other", "all", "torch and environment alone"], rows),
-        "",
-        "benchmarks/README.md says how to read it.",
-    ]
-    write("share", "\n".join(text), data)
+        median = {part: statistics.median(one[part] for one in runs) for part in runs[0]}
+        parts = ("act", "step", "estimate_advantages", "update")
+        median["other"] = median["all"] - sum(median[part] for part in parts)
+        median["all alone"] = sum(median[f"{part} alone"] for part in ("act", "step", "update"))
+        rows = []
+        for part in (*parts, "other", "all", "compute_gae"):
+            alone = median.get(f"{part} alone")
+            cells = [f"{median[part]:.2f}", f"{median[part] / median['all']:.2%}"]
+            rows.append([part, *cells, "" if alone is None else f"{alone:.2f}"])
+        heads = ["part", "microseconds", "share", "torch or the environment alone"]
+        text += f"\n\nWith {name}:\n\n{table(heads, rows)}"
+    write("share", text, data)
 
 
 if __name__ == "__main__":

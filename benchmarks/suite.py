@@ -1,8 +1,8 @@
-"""Runs programs x environments x seeds of benchmarks/commands.json, scheduled by Ray.
+"""Runs programs x settings x seeds of benchmarks/commands.json, scheduled by Ray.
 
     python -m uv run benchmarks/suite.py [--only 'cartpole/*' ...] [-- further flags of the scripts]
 
-A run lives in FOLDER/GROUP/ENVIRONMENT/PROGRAM/SEED: runs/ as the script writes it, log.txt, and
+A run lives in FOLDER/GROUP/SETTING/PROGRAM/SEED: runs/ as the script writes it, log.txt, and
 result.json once it has finished. The same command again leaves finished runs alone. It starts the
 others again, or resumes them from their last checkpoint where the group says so.
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 @dataclass
 class Options:
     commands: Path = ROOT / "benchmarks" / "commands.json"  # what to run
-    only: tuple[str, ...] = ("*",)  # patterns of GROUP/ENVIRONMENT/PROGRAM
+    only: tuple[str, ...] = ("*",)  # patterns of GROUP/SETTING/PROGRAM
     seeds: int | None = None  # runs of each, instead of the group's number
     folder: Path = Path("suite")  # where runs live
     workers: int | None = None  # runs at a time on this machine; by default one a core
@@ -40,31 +40,35 @@ class Options:
 
 @dataclass
 class Run:
-    name: str  # GROUP/ENVIRONMENT/PROGRAM
+    name: str  # GROUP/SETTING/PROGRAM
     command: str  # without the seed
     seed: int
     resume: bool  # whether it goes on from its checkpoint
     goal: float | None  # a good mean return
+    x: str | None  # what the settings are values of, in a group that is a sweep
 
     def folder(self, options: Options) -> Path:
         return options.folder.resolve() / self.name / str(self.seed)
 
 
 def plan(options: Options, flags: list[str]) -> list[Run]:
-    """What to run."""
+    """What to run. A setting without --env-id is the id of an environment."""
     runs = []
     for group, entry in json.loads(options.commands.read_text()).items():
-        for env_id, env_flags in entry["environments"].items():
+        for setting, setting_flags in entry["settings"].items():
             for program, command in entry["programs"].items():
-                name = f"{group}/{env_id.replace('/', '-')}/{program}"
+                name = f"{group}/{setting.replace('/', '-')}/{program}"
                 if not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
                     continue
-                words = [*shlex.split(f"{command} --env-id {env_id} {env_flags}"), *flags]
-                goal = entry.get("goals", {}).get(env_id, {}).get(program)
+                words = shlex.split(f"{command} {setting_flags}")
+                if "--env-id" not in words:
+                    words += ["--env-id", setting]
+                line = shlex.join([*words, *flags])
+                goal = entry.get("goals", {}).get(setting, {}).get(program, entry.get("goal"))
                 first = entry.get("first_seed", 1)
                 for seed in range(first, first + (options.seeds or entry["seeds"])):
                     resume = entry.get("resume", False)
-                    runs.append(Run(name, shlex.join(words), seed, resume, goal))
+                    runs.append(Run(name, line, seed, resume, goal, entry.get("x")))
     if not runs:
         raise SystemExit(f"--only {' '.join(options.only)}: nothing in {options.commands}")
     return runs
@@ -171,4 +175,7 @@ def main(options: Options, flags: list[str]) -> None:
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    main(tyro.cli(Options, args=arguments[:split]), arguments[split + 1 :])
+    try:
+        main(tyro.cli(Options, args=arguments[:split]), arguments[split + 1 :])
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The same command goes on.")
