@@ -141,11 +141,15 @@ def tables(groups: dict[str, Group]) -> str:
                 f" | {'' if entry['collapsed'] is None else entry['collapsed']}"
                 f" | {entry['steps']:,} | {entry['seconds']:,.1f} |"
             )
+        lines += [""]
         for (setting, program), entry in entries.items():
-            seeds = ", ".join(map(str, entry["seeds"]))
             returns = ", ".join(map(number, entry["returns"]))
-            lines += ["", f"**{program} on {setting}**: `{entry['command']}`"]
-            lines += [f"Seeds {seeds}: {returns}. {'; '.join(entry['about'])}."]
+            lines.append(
+                f"- {program} on {setting}: `{entry['command']}`, seeds from"
+                f" {entry['seeds'][0]} to {entry['seeds'][-1]}: {returns}"
+            )
+        places = dict.fromkeys(place for entry in entries.values() for place in entry["about"])
+        lines += ["", f"{'; '.join(places)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -166,7 +170,8 @@ def draw_curves(entries: Group):
     names = list(dict.fromkeys(program for _, program in entries))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.5 * rows + 1), squeeze=False)
+    size = (4.6 * columns, 3.5 * rows + 1) if columns > 1 else (8, 5)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     for ax, ((setting, _), programs) in zip(axes.flat, panels.items()):
@@ -206,7 +211,7 @@ def draw(entries: Group, file: Path) -> None:
         handles |= {label: line for line, label in zip(*ax.get_legend_handles_labels())}
     seeds = " or ".join(map(str, sorted({len(entry["seeds"]) for entry in entries.values()})))
     title = f"mean and 95 % interval of {seeds} seeds" + ("" if sweep else "; dotted: goal")
-    columns = min(6 if len(fig.axes) > 2 else 3, len(handles))
+    columns = min(6 if len(fig.axes) > 2 else 4, len(handles))
     places: dict = {"loc": "outside upper center", "ncols": columns, "title": title}
     fig.legend(handles.values(), handles, **places)
     fig.savefig(file)
