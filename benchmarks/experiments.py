@@ -73,9 +73,8 @@ def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
     estimates: list[list[np.ndarray]] = [[] for _ in ways]
     returns = []
     while len(estimates[0]) < ESTIMATES:
-        state = vpg.EnvState(envs.reset()[0], np.zeros(width, bool), np.zeros(width))
-        args = vpg.Args(num_envs=width, num_steps=500)  # the limit of an episode's length
-        rollout = vpg.collect_rollout(agent, envs, state, args)
+        state = (envs.reset()[0], np.zeros(width, bool), np.zeros(width))
+        rollout = vpg.collect_rollout(agent, envs, *state, 500)  # the limit of an episode's length
         ends = rollout.terminations | rollout.truncations
         valid = np.cumsum(ends, axis=0) - ends == 0  # each environment's first episode
         rollout = rollout._replace(valid=valid, rewards=rollout.rewards * valid)
