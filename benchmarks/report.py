@@ -1,6 +1,6 @@
 """The runs of a suite's folder as tables and as figures of learning curves.
 
-    python -m uv run --extra bench benchmarks/report.py [--folder suite] [--results benchmarks/results]
+    python -m uv run --extra bench benchmarks/report.py --folder suite --results RESULTS
 
 Writes learning.json, and from it learning.md and learning_GROUP.png. An entry of learning.json is
 replaced if the folder has finished runs of it; the others stay.

@@ -1,6 +1,6 @@
 """Runs programs x settings x seeds of benchmarks/commands.json, scheduled by Ray.
 
-    python -m uv run --extra suite benchmarks/suite.py [--only 'cartpole/*' ...] [-- further flags of the scripts]
+    python -m uv run --extra suite benchmarks/suite.py --only 'cartpole/*' -- FLAGS OF THE SCRIPTS
 
 A run lives in FOLDER/GROUP/SETTING/PROGRAM/SEED: runs/ as the script writes it, log.txt, and
 result.json once it has finished. The same command again leaves finished runs alone. It starts the
