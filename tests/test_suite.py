@@ -18,17 +18,13 @@ import sweep  # noqa: E402
 SMALL = "--env-id CartPole-v1 --eval-episodes 2 --save-interval 1 --total-timesteps"
 
 
-def plan(**options) -> list[suite.Run]:
-    return suite.plan(suite.Options(**options), [])
-
-
 def make_run(command: str, **fields) -> suite.Run:
-    defaults = {"seed": 1, "resume": False, "goal": 10.0, "x": None}
-    return suite.Run("group/setting/program", command, **(defaults | fields))
+    fields = {"seed": 1, "resume": False, "goal": 10.0, "x": None} | fields
+    return suite.Run("group/setting/program", command, **fields)
 
 
 def test_every_command_of_the_suite_has_flags_that_its_script_takes():
-    for run in plan(seeds=1):
+    for run in suite.plan(suite.Options(seeds=1), []):
         script, *flags = run.command.split()
         if not script.startswith("benchmarks/"):
             module = __import__(Path(script).stem)
@@ -36,12 +32,12 @@ def test_every_command_of_the_suite_has_flags_that_its_script_takes():
 
 
 def test_patterns_seeds_and_goals():
-    runs = plan(only=("mujoco/Hopper-v5/*",))
+    runs = suite.plan(suite.Options(only=("mujoco/Hopper-v5/*",)), [])
     assert {run.name for run in runs} == {"mujoco/Hopper-v5/ppo", "mujoco/Hopper-v5/trpo"}
     assert [run.seed for run in runs] == [1, 2, 3, 4, 5] * 2
     assert runs[0].resume and runs[0].goal == 2609
     with pytest.raises(SystemExit, match="pong"):
-        plan(only=("pong",))
+        suite.plan(suite.Options(only=("pong",)), [])
 
 
 def test_a_folder_has_one_command_a_name(tmp_path):
@@ -56,9 +52,8 @@ def execute(run: suite.Run, folder: Path) -> str:
     """In a process of its own, as a worker of Ray is."""
     code = f"import sys, suite; from pathlib import Path; sys.path.pop(0); r = suite.{run!r}\n"
     code += f"print(suite.execute(r, Path({str(folder)!r}), False))"
-    command = [sys.executable, "-c", code]
     kwargs = {"cwd": ROOT / "benchmarks", "capture_output": True, "text": True}
-    result = subprocess.run(command, **kwargs)
+    result = subprocess.run([sys.executable, "-c", code], **kwargs)
     assert result.returncode == 0, result
     return result.stdout.strip()
 
