@@ -36,8 +36,9 @@ from peers import LASTING
 SAME = "--vectorization-mode sync --gamma 0.99 --no-normalize-observations --no-normalize-rewards"
 PPO = f"{SAME} --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-vloss"
 PPO += " --learning-rate 2.5e-4 --gae-lambda 0.95 --clip-coef 0.2 --ent-coef 0.01 --vf-coef 0.5"
+PPO += " --max-grad-norm 0.5 --anneal-lr --norm-adv"
 TRPO = f"{SAME} --num-envs 4 --num-steps 128 --gae-lambda 0.95 --cg-iterations 15 --vf-epochs 10"
-TRPO += " --vf-learning-rate 1e-3 --no-anneal-lr"
+TRPO += " --vf-learning-rate 1e-3 --no-anneal-lr --target-kl 0.01 --cg-damping 0.1"
 VPG = f"{SAME} --num-envs 8 --num-steps 128 --gae-lambda 0.97 --vf-epochs 10 --no-anneal-lr"
 VPG += " --learning-rate 5e-3 --vf-learning-rate 2e-2"
 PACKAGES = ("stable-baselines3", "sb3-contrib", "rlox", "torchrl", "jax")
