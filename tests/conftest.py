@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-torch.set_num_threads(1)  # networks this small are slower on several
+torch.set_num_threads(1)  # as train does, so that sums have the same order in all tests
 
 
 def pytest_sessionstart():

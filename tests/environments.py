@@ -1,14 +1,15 @@
-"""Tiny environments whose answers are known, and what runs the scripts in them."""
+"""Small environments whose answers are known, and what runs the scripts in them."""
 
-import csv
+import json
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Sequence
-from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.vector import AutoresetMode
 
 import ppo
 import reinforce
@@ -19,87 +20,19 @@ LADDER = [reinforce, vpg, trpo, ppo]
 CRITICS = [vpg, trpo, ppo]
 
 
-class Tabular(gym.vector.VectorEnv):
-    """num_envs copies of a finite MDP, observed as one-hot states and stepped at once in NumPy.
-
-    start (S,) and transitions (S, A, S) are probabilities, rewards (S, A) means: noise is added to
-    or taken from each. An episode ends after horizon steps, sooner with probability stop a step.
-    """
-
-    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}  # noqa: RUF012
-
-    def __init__(
-        self, num_envs, start, transitions, rewards, horizon, noise=0.0, stop=0.0, truncates=False
-    ):
-        self.num_envs, self.horizon, self.truncates = num_envs, horizon, truncates
-        self.noise, self.stop = noise, stop
-        self.start, self.transitions, self.rewards = map(np.asarray, (start, transitions, rewards))
-        self.num_states, self.num_actions = self.rewards.shape
-        self.single_observation_space = Box(0, 1, (self.num_states,), np.float32)
-        self.single_action_space = Discrete(self.num_actions)
-        self.observation_space = gym.vector.utils.batch_space(
-            self.single_observation_space, num_envs
-        )
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-
-    def draw(self, probabilities):
-        samples = self.np_random.random((self.num_envs, 1))
-        return (samples > probabilities.cumsum(-1)[..., :-1]).sum(-1)
-
-    def observation(self):
-        return np.eye(self.num_states, dtype=np.float32)[self.state]
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.time, self.ended = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
-        self.state = self.draw(self.start)
-        return self.observation(), {}
-
-    def step(self, actions):
-        resets = self.ended
-        signs = self.np_random.choice((-1.0, 1.0), self.num_envs)
-        rewards = np.where(resets, 0.0, self.rewards[self.state, actions] + self.noise * signs)
-        successors = self.draw(self.transitions[self.state, actions])
-        self.state = np.where(resets, self.draw(self.start), successors)
-        self.time = np.where(resets, 0, self.time + 1)
-        stopped = (self.np_random.random(self.num_envs) < self.stop) & ~resets
-        late = self.time == self.horizon
-        terminations, truncations = stopped | (late & (not self.truncates)), late & self.truncates
-        self.ended = terminations | truncations
-        return self.observation(), rewards, terminations, truncations, {}
-
-
-class SameStep(Tabular):
-    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012
-
-
-def layered(horizon=3, width=3, num_actions=2):
-    """A random MDP in which a state also tells the time, so that a table holds V exactly."""
-    rng, num_states = np.random.default_rng(3), horizon * width
-    start, transitions = np.zeros(num_states), np.zeros((num_states, num_actions, num_states))
-    start[:width] = rng.dirichlet(np.ones(width))
-    for state in range(num_states):
-        after = (state // width + 1) % horizon * width
-        transitions[state, :, after : after + width] = rng.dirichlet(
-            np.full(width, 0.3), num_actions
-        )
-    rewards = rng.normal(0.5, 1.5, (num_states, num_actions))
-    return {"start": start, "transitions": transitions, "rewards": rewards, "horizon": horizon}
-
-
 class Scripted(gym.Env):
     """Episodes of 1 to 5 steps that terminate, truncate or both, told by seed and episode number.
 
-    An observation names seed, episode and time; a reward tells them and the action, too.
+    An observation names seed, episode and time. A reward tells them and the action, too.
     """
 
     observation_space, action_space = Box(-np.inf, np.inf, (3,)), Discrete(3)
-    episode = -1
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.seed, self.episode = seed, -1
-        self.episode, self.time = self.episode + 1, 0
+        self.episode += 1
+        self.time = 0
         return self.observation(), {}
 
     def observation(self):
@@ -114,11 +47,12 @@ class Scripted(gym.Env):
 
 
 class Spaces(gym.Env):
-    """Random observations of any space, for five steps; any actions."""
+    """Random observations of any space, for five steps. Keeps the actions that it received."""
 
     def __init__(self, observation=None, action=None):
         self.observation_space = observation or Box(-1, 1, (2,))
         self.action_space = action or Discrete(2)
+        self.received = []
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -128,94 +62,245 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), {}
 
     def step(self, action):
+        self.received.append(action)
         self.time += 1
-        return self.observation_space.sample(), 1.0, False, self.time == 5, {}
+        reward = -float(np.square(np.asarray(action) + 0.3).sum())
+        return self.observation_space.sample(), reward, False, self.time == 5, {}
 
 
-class Echo(Spaces):
-    """Shows the action that it received; it likes the first half of what lies in its bounds."""
+class Batched(gym.vector.VectorEnv):
+    """Environments stepped at once in NumPy. An observation is the one-hot index of a state."""
 
-    def __init__(self):
-        super().__init__(Box(-np.inf, np.inf, (2, 3)), Box(-0.5, 0.25, (2, 3)))
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+    num_states = 1
 
-    def step(self, action):
-        _, _, *ends = super().step(action)
-        return action, float(-np.square(action + 0.3).sum()), *ends
+    def __init__(self, num_envs):
+        self.num_envs = num_envs
+        self.single_observation_space = Box(0, 1, (self.num_states,), np.float32)
+        self.single_action_space = Discrete(2)
+        self.observation_space = gym.vector.utils.batch_space(
+            self.single_observation_space, num_envs
+        )
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.ended = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
+        self.state = self.first()
+        return self.observation(), {}
+
+    def first(self):
+        return self.np_random.integers(self.num_states, size=self.num_envs)
+
+    def observation(self):
+        return np.eye(self.num_states, dtype=np.float32)[self.state]
+
+    def advance(self, actions):
+        """Rewards, terminations and truncations (N,) of a step at self.time."""
+        raise NotImplementedError
+
+    def step(self, actions):
+        resets = self.ended
+        rewards, terminations, truncations = self.advance(actions)
+        self.time = np.where(resets, 0, self.time + 1)
+        self.state = np.where(resets, self.first(), self.state)
+        terminations, truncations = terminations & ~resets, truncations & ~resets
+        self.ended = terminations | truncations
+        return self.observation(), np.where(resets, 0.0, rewards), terminations, truncations, {}
 
 
-PROBES = {
-    "Constant": {"start": [1], "rewards": [[1.0, 1.0]], "horizon": 1},
-    "ByObservation": {"start": [0.5, 0.5], "rewards": [[-1.0, -1.0], [1.0, 1.0]], "horizon": 1},
-    "Delay": {"start": [1, 0], "rewards": [[0.0, 0.0], [1.0, 1.0]], "horizon": 2},
-    "ByAction": {"start": [1], "rewards": [[-1.0, 1.0]], "horizon": 1},
-    "ByBoth": {"start": [0.5, 0.5], "rewards": [[-1.0, 1.0], [1.0, -1.0]], "horizon": 1},
-    "TimeLimit": {"start": [1], "rewards": [[1.0, 1.0]], "horizon": 20, "truncates": True},
-}
-for name, probe in PROBES.items():  # from each state to the last
-    transitions = np.eye(len(probe["start"]))[[[-1, -1]] * len(probe["start"])]
-    gym.register(
-        f"{name}-v0", vector_entry_point=Tabular, kwargs=probe | {"transitions": transitions}
-    )
-MDP = layered() | {"noise": 0.5}
-gym.register("Layered-v0", vector_entry_point=Tabular, kwargs=MDP)
-gym.register("Stopping-v0", vector_entry_point=Tabular, kwargs=MDP | {"stop": 0.3})
-gym.register("SameStep-v0", vector_entry_point=SameStep, kwargs=MDP)
+class TimeLimit(Batched):
+    """Reward 1 for ever, cut every 20 steps."""
+
+    def advance(self, actions):
+        late = self.time == 19
+        return np.ones(self.num_envs), np.zeros_like(late), late
+
+
+class Delay(Batched):
+    """Two steps. Only the second pays, and only in the state that the observation tells."""
+
+    num_states = 2
+
+    def first(self):
+        return np.zeros(self.num_envs, int)
+
+    def advance(self, actions):
+        late = self.time == 1
+        self.state = np.ones(self.num_envs, int)
+        return 1.0 * late, late, np.zeros_like(late)
+
+
+class Match(Batched):
+    """One step, which pays 1 if the action is the state and -1 if not."""
+
+    num_states = 2
+
+    def advance(self, actions):
+        ends = np.ones(self.num_envs, bool)
+        return np.where(actions == self.state, 1.0, -1.0), ends, ~ends
+
+
+class Afterlife(Batched):
+    """Environment n lasts n + 1 steps of reward 1. Its reset steps pay 1000, as all later ones."""
+
+    num_states = 1
+    lives = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.lives = np.zeros(self.num_envs, int)
+        return super().reset(seed=seed)
+
+    def advance(self, actions):
+        self.lives += self.ended
+        ends = self.time == np.arange(self.num_envs)
+        return np.where(self.lives > 0, 1000.0, 1.0), ends, np.zeros_like(ends)
+
+    def step(self, actions):
+        resets = self.ended
+        obs, rewards, *rest = super().step(actions)
+        return obs, np.where(resets, 1000.0, rewards), *rest
+
+
+class Endless(Batched):
+    """Pays 1 a step and never ends. It counts the steps of the last instance."""
+
+    steps = 0
+
+    def __init__(self, num_envs):
+        super().__init__(num_envs)
+        Endless.steps = 0
+
+    def advance(self, actions):
+        Endless.steps += 1
+        return np.ones(self.num_envs), np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+
+
+class Reusing(gym.vector.VectorEnv):
+    """Scripted-v0, but every array that it returns is overwritten by the next step."""
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+
+    def __init__(self, num_envs):
+        self.envs = gym.make_vec("Scripted-v0", num_envs)
+        self.num_envs = num_envs
+        self.single_observation_space = self.envs.single_observation_space
+        self.single_action_space = self.envs.single_action_space
+        self.observation_space = self.envs.observation_space
+        self.action_space = self.envs.action_space
+
+    def hand_out(self, *arrays):
+        if not hasattr(self, "arrays"):
+            self.arrays = [np.empty_like(x) for x in (arrays[0], np.zeros(self.num_envs))]
+            self.arrays += [np.empty(self.num_envs, bool), np.empty(self.num_envs, bool)]
+        for own, new in zip(self.arrays, arrays):
+            own[:] = new
+        return self.arrays[: len(arrays)]
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.envs.reset(seed=seed)
+        return *self.hand_out(obs), info
+
+    def step(self, actions):
+        *arrays, info = self.envs.step(actions)
+        return *self.hand_out(*arrays), info
+
+
+class Offset(Batched):
+    """One feature tells the state and two hardly vary: a constant and a clock of large numbers."""
+
+    num_states = 2
+
+    def __init__(self, num_envs):
+        super().__init__(num_envs)
+        self.single_observation_space = Box(-np.inf, np.inf, (3,), np.float64)
+        self.observation_space = gym.vector.utils.batch_space(
+            self.single_observation_space, num_envs
+        )
+        self.clock = 0
+
+    def observation(self):
+        clock = np.full(self.num_envs, 1.7e9 + 0.02 * self.clock)
+        return np.stack([self.state, np.full(self.num_envs, 7777.77), clock], -1)
+
+    def advance(self, actions):
+        self.clock += 1
+        return Match.advance(self, actions)
+
+
+class SameStep(Match):
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+
+
+for kind in (TimeLimit, Delay, Match, Afterlife, Endless, Reusing, Offset, SameStep):
+    gym.register(f"{kind.__name__}-v0", vector_entry_point=kind)
 gym.register("Scripted-v0", Scripted)
 gym.register("my/Scripted-v0", Scripted)
-gym.register("Echo-v0", Echo)
 OBSERVATIONS = {
     "Discrete": Discrete(3),
     "Image": Box(-1, 1, (2, 2, 3)),
     "Scalar": Box(-1, 1, ()),
     "Bytes": Box(0, 255, (4,), np.uint8),
+    "Switches": MultiDiscrete([2, 3]),
     "Dict": Dict({"place": Box(-1, 1, (2, 2)), "room": Discrete(3)}),
 }
+ACTIONS = {
+    "Echo": Box(-0.5, 0.25, (2, 3)),
+    "Double": Box(-1, 1, (2,), np.float64),
+    "FromMinusOne": Discrete(3, start=-1),
+}
 REFUSED = {
-    "MultiDiscrete": {"action": MultiDiscrete([2, 3])},
-    "DictActions": {"action": Dict({"turn": Discrete(2)})},
-    "FromOne": {"action": Discrete(2, start=1)},
-    "Sequence": {"observation": Sequence(Discrete(2))},
+    "MultiDiscrete": MultiDiscrete([2, 3]),
+    "MultiBinary": MultiBinary(2),
+    "Integers": Box(0, 5, (2,), np.int64),
+    "DictActions": Dict({"turn": Discrete(2)}),
 }
 for name, space in OBSERVATIONS.items():
     gym.register(f"{name}-v0", Spaces, kwargs={"observation": space})
-for name, spaces in REFUSED.items():
-    gym.register(f"{name}-v0", Spaces, kwargs=spaces)
+for name, space in (ACTIONS | REFUSED).items():
+    gym.register(f"{name}-v0", Spaces, kwargs={"action": space})
 
 
 def arguments(script, env_id, **wanted):
     """Args of a script, by those wanted that it has."""
     known = {field.name for field in fields(script.Args)}
-    return script.Args(env_id, **{name: wanted[name] for name in wanted if name in known})
+    return script.Args(env_id=env_id, **{name: wanted[name] for name in wanted if name in known})
 
 
-def start(script, args):
-    """An agent, its optimizers and its rollouts, as in train."""
+def start(script, env_id, **wanted):
+    """What learn makes before its loop, and collect() and estimate(rollout) for its loop."""
+    args = arguments(script, env_id, **wanted)
     torch.manual_seed(args.seed)
-    envs = RecordEpisodeStatistics(script.make_envs(args, args.num_envs))
-    agent = script.Agent(envs, args)
-    batches = script.rollouts(agent, envs, args, args.seed)
-    return agent, script.make_optimizers(agent, args), batches
+    envs = script.make_envs(args, args.num_envs)
+    agent = script.Agent(
+        gym.spaces.flatdim(envs.single_observation_space),
+        gym.spaces.flatdim(envs.single_action_space),
+        isinstance(envs.single_action_space, Box),
+        args.normalize_observations,
+    )
+    obs, _ = envs.reset(seed=args.seed)
+    run = SimpleNamespace(args=args, envs=envs, agent=agent)
+    run.optimizers = script.make_optimizers(agent, args)
+    if script is reinforce:
+        run.collect = lambda: script.collect_rollout(agent, envs, args)
+        run.estimate = lambda rollout: script.compute_returns(agent, rollout, args)
+    else:
+        state = script.EnvState(obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs))
+        run.collect = lambda: script.collect_rollout(agent, envs, state, args)
+        run.estimate = lambda rollout: script.estimate_advantages(agent, rollout, args)
+    run.update = lambda batch: script.update(agent, run.optimizers, batch, args)
+    return run
 
 
-class Watcher(ppo.Adam):
-    """Keeps the gradient of the last step, which it does not take."""
-
-    def step(self, gradient, args):
-        self.last = gradient
-        return gradient.norm()
-
-
-def watchers(agent):
-    """One of the actor and one of the critic, if there is one."""
-    parts = [agent.actor, agent.critic] if hasattr(agent, "critic") else [agent.actor]
-    return [Watcher(part, 0.0) for part in parts]
-
-
-def metrics(folder):
-    """The rows of the only run under a folder, without the column that tells the time."""
-    (path,) = Path(folder).glob("runs/*/metrics.csv")
-    with open(path) as file:
-        rows = [{name: float(row[name]) for name in row} for row in csv.DictReader(file)]
+def metrics(run_dir):
+    """The lines of a run's record, without what tells the time."""
+    rows = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        del row["charts/SPS"]
+        row.pop("charts/SPS", None)
     return rows
+
+
+def only_run():
+    """The only run folder in the working directory."""
+    (run_dir,) = Path("runs").iterdir()
+    return run_dir

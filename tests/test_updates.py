@@ -1,0 +1,303 @@
+"""One update of each script is its paper's, to float32 rounding: metrics, gradients, parameters."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reference
+import torch
+from environments import LADDER, start
+from torch import nn
+
+import ppo
+import reinforce
+import trpo
+import vpg
+
+SPACES = pytest.mark.parametrize("env_id", ["Scripted-v0", "Echo-v0"])
+SIZES = {"num_envs": 4, "num_steps": 16, "seed": 5, "learning_rate": 0.02, "vf_learning_rate": 0.01}
+
+
+def small_mlp(num_inputs, num_outputs, output_gain):
+    """Few enough parameters for central differences, and outputs that are not near 0."""
+    sizes = zip((num_inputs, 4, 3), (4, 3, num_outputs))
+    first, second, last = (nn.Linear(*size) for size in sizes)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    for script in LADDER:
+        monkeypatch.setattr(script, "mlp", small_mlp)
+
+
+def recorded(script, env_id, **wanted):
+    """A run at its second rollout: the run, its batch, and the batch as the reference takes it.
+
+    Observations are scaled by statistics of the first rollout.
+    """
+    run = start(script, env_id, **SIZES | {"normalize_observations": True} | wanted)
+    seen = run.estimate(run.collect()).obs
+    run.agent.obs_stats.update(seen)
+    batch = run.estimate(run.collect())
+    columns = {name: x.numpy() for name, x in batch._asdict().items()}
+    columns = {name: x.astype(float) for name, x in columns.items() if name != "actions"}
+    columns["obs"] = reference.scale_observations(columns["obs"], seen.double().numpy())
+    actions = batch.actions.numpy()
+    actions = actions if actions.ndim == 1 else actions.astype(float)
+    return run, batch, SimpleNamespace(**columns, actions=actions)
+
+
+def parameters_of(module, prefix=""):
+    named = module.named_parameters()
+    return {n: p.detach().numpy().astype(float) for n, p in named if n.startswith(prefix)}
+
+
+def gradients_of(optimizer):
+    """A list that grows by the gradient of each step."""
+    gradients = []
+
+    def record(*_):
+        parts = [parameter.grad.flatten() for parameter in optimizer.param_groups[0]["params"]]
+        gradients.append(torch.cat(parts).numpy())
+
+    optimizer.register_step_pre_hook(record)
+    return gradients
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    """Both are arrays or dicts of them. The error is relative to the largest entry."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for name in expected:
+            assert_close(actual[name], expected[name], tolerance)
+        return
+    scale = max(np.abs(expected).max(), 1e-2)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def assert_steps(gradients, adam):
+    """The optimizer's clipped gradients are those of the reference."""
+    assert len(gradients) == len(adam.gradients)
+    for actual, expected in zip(gradients, adam.gradients):
+        assert_close(actual, expected, 1e-4)
+
+
+def explained(batch):
+    return reference.explained_variance(batch.values, batch.returns)
+
+
+def mean_entropy(parameters, batch):
+    return reference.entropy(reference.policy_at(parameters, batch.obs)).mean()
+
+
+@SPACES
+@pytest.mark.parametrize("max_grad_norm", [0.3, 1e9])
+@pytest.mark.parametrize("reward_to_go", [True, False])
+def test_reinforce(env_id, max_grad_norm, reward_to_go):
+    wanted = {"max_grad_norm": max_grad_norm, "reward_to_go": reward_to_go}
+    run, batch, known = recorded(reinforce, env_id, **wanted)
+    parameters = parameters_of(run.agent)
+    adam, gradients = reference.Adam(0.02, max_grad_norm), gradients_of(run.optimizers[0])
+
+    def loss(p):
+        return reference.reinforce_loss(p, known, num_episodes=4)
+
+    for _ in range(2):
+        wanted = {"losses/policy_loss": loss(parameters)}
+        wanted["losses/entropy"] = mean_entropy(parameters, known)
+        assert_close(run.update(batch), wanted)
+        parameters = adam.minimize(loss, parameters)
+        assert_close(parameters_of(run.agent), parameters)
+    assert_steps(gradients, adam)
+
+
+def fit_values(parameters, known, args, adam):
+    """The critic's steps of VPG and TRPO: its parameters afterwards, and its last loss."""
+    for _ in range(args.vf_epochs):
+        loss = reference.value_loss(parameters, known)
+        parameters = adam.minimize(lambda p: reference.value_loss(p, known), parameters)
+    return parameters, loss
+
+
+@SPACES
+@pytest.mark.parametrize("norm_adv, max_grad_norm", [(True, 0.05), (False, 1e9)])
+def test_vpg(env_id, norm_adv, max_grad_norm):
+    wanted = {"norm_adv": norm_adv, "max_grad_norm": max_grad_norm, "vf_epochs": 4}
+    run, batch, known = recorded(vpg, env_id, **wanted)
+    actor, critic = parameters_of(run.agent, "actor"), parameters_of(run.agent, "critic")
+    adams = [reference.Adam(rate, max_grad_norm) for rate in (0.02, 0.01)]
+    gradients = [gradients_of(optimizer) for optimizer in run.optimizers]
+    for _ in range(2):
+        expected = {"losses/policy_loss": reference.vpg_loss(actor, known, norm_adv)}
+        expected["losses/entropy"] = mean_entropy(actor, known)
+        expected["losses/explained_variance"] = explained(known)
+        actor = adams[0].minimize(lambda p: reference.vpg_loss(p, known, norm_adv), actor)
+        critic, expected["losses/value_loss"] = fit_values(critic, known, run.args, adams[1])
+        assert_close(run.update(batch), expected)
+        assert_close(parameters_of(run.agent), actor | critic)
+    for pair in zip(gradients, adams):
+        assert_steps(*pair)
+
+
+PPO_OPTIONS = [
+    {},
+    {"norm_adv": False, "ent_coef": 0.1},
+    {"clip_vloss": True, "vf_coef": 2.0},
+    {"target_kl": 1e-3, "max_grad_norm": 1e9},
+]
+
+
+@SPACES
+@pytest.mark.parametrize("options", PPO_OPTIONS, ids=str)
+def test_ppo(env_id, options, monkeypatch):
+    wanted = {"update_epochs": 3, "num_minibatches": 2, "clip_coef": 0.03} | options
+    run, batch, known = recorded(ppo, env_id, **wanted)
+    args, size = run.args, len(batch.obs)
+    old = parameters_of(run.agent)
+    gradients, orders = gradients_of(run.optimizers[0]), []
+
+    def randperm(n):
+        orders.append(torch.randperm(n))
+        return orders[-1]
+
+    patched = {name: x for name, x in vars(torch).items() if not name.startswith("__")}
+    monkeypatch.setattr(ppo, "torch", SimpleNamespace(**patched | {"randperm": randperm}))
+    actual = run.update(batch)
+
+    parameters, adam = old, reference.Adam(0.02, args.max_grad_norm)
+    clipped_sides = set()
+    for order in orders:
+        assert sorted(order) == list(range(size))
+        for rows in np.array_split(order.numpy(), 2):
+            mb = SimpleNamespace(**{name: x[rows] for name, x in vars(known).items()})
+
+            def parts(p, mb=mb):
+                clip = args.clip_coef if args.clip_vloss else None
+                return (
+                    reference.clipped_loss(p, mb, old, args.clip_coef, args.norm_adv),
+                    reference.value_loss(p, mb, clip),
+                    mean_entropy(p, mb),
+                )
+
+            r, last = reference.ratios(parameters, mb, old), parts(parameters)
+            clipped_sides |= {*np.sign(r - 1)[abs(r - 1) > args.clip_coef]}
+            parameters = adam.minimize(
+                lambda p: parts(p) @ np.array([1, args.vf_coef, -args.ent_coef]), parameters
+            )
+    expected = dict(zip(("losses/policy_loss", "losses/value_loss", "losses/entropy"), last))
+    expected["losses/approx_kl"] = reference.approx_kl(r)
+    expected["losses/clipfrac"] = reference.clip_fraction(r, args.clip_coef)
+    expected["losses/explained_variance"] = explained(known)
+    assert_close(actual, expected)
+    assert_steps(gradients, adam)
+    assert_close(parameters_of(run.agent), parameters, 1e-4)
+    assert clipped_sides == {1, -1}
+    assert actual["losses/clipfrac"] > 0
+    if args.target_kl is None:
+        assert len(orders) == 3
+    else:
+        assert len(orders) < 3
+        assert actual["losses/approx_kl"] > args.target_kl
+
+
+@pytest.mark.parametrize("epochs, target_kl", [(3, 10.0), (1, 0.0)])
+def test_ppo_stops_only_once_the_kl_is_too_large(epochs, target_kl):
+    run, batch, _ = recorded(ppo, "Scripted-v0", update_epochs=3, target_kl=target_kl)
+    gradients = gradients_of(run.optimizers[0])
+    run.update(batch)
+    assert len(gradients) == 4 * epochs
+
+
+@SPACES
+@pytest.mark.parametrize("norm_adv, target_kl, cg_iterations", [(True, 0.01, 3), (False, 0.3, 8)])
+def test_trpo(env_id, norm_adv, target_kl, cg_iterations):
+    wanted = {"norm_adv": norm_adv, "target_kl": target_kl, "cg_iterations": cg_iterations}
+    run, batch, known = recorded(trpo, env_id, vf_epochs=4, **wanted)
+    old, critic = parameters_of(run.agent, "actor"), parameters_of(run.agent, "critic")
+    adam, gradients = reference.Adam(0.01, 0.5), gradients_of(run.optimizers[0])
+
+    def objective(p):
+        return reference.surrogate(p, known, old, norm_adv)
+
+    def divergence(p):
+        policies = [reference.policy_at(p, known.obs) for p in (old, p)]
+        return reference.kl(*policies).mean()
+
+    matrix = reference.fisher(old, known.obs)
+    matrix += 0.1 * np.eye(len(matrix))
+    gradient = reference.derivative(objective, old)
+    step = reference.trust_region_step(gradient, matrix, target_kl, cg_iterations)
+    for fraction in 0.5 ** np.arange(11):
+        actor = reference.unflatten(reference.flatten(old) + fraction * step, old)
+        if objective(actor) > objective(old) and divergence(actor) <= target_kl:
+            break
+    expected = {"losses/policy_loss": -objective(actor), "losses/kl": divergence(actor)}
+    expected |= {"losses/entropy": mean_entropy(old, known), "losses/step_fraction": fraction}
+    expected["losses/explained_variance"] = explained(known)
+    critic, expected["losses/value_loss"] = fit_values(critic, known, run.args, adam)
+    assert_close(run.update(batch), expected, 1e-4)
+    assert_close(parameters_of(run.agent), actor | critic, 1e-4)
+    assert_steps(gradients, adam)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 6, 30])
+def test_conjugate_gradients_are_the_references(iterations):
+    """As many iterations as dimensions solve the system. More change nothing."""
+    rng = np.random.default_rng(0)
+    root, b = rng.standard_normal((6, 6)), rng.standard_normal(6)
+    matrix = root @ root.T + np.eye(6)
+    actual = trpo.conjugate_gradient(torch.tensor(matrix).mv, torch.tensor(b), iterations)
+    expected = reference.conjugate_gradient(matrix, b, iterations)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    if iterations >= 6:
+        np.testing.assert_allclose(actual, np.linalg.solve(matrix, b), rtol=1e-4)
+
+
+def test_conjugate_gradients_of_zero_are_zero():
+    zero = torch.zeros(6)
+    assert torch.equal(trpo.conjugate_gradient(torch.eye(6).mv, zero, 6), zero)
+
+
+@pytest.mark.parametrize("accepted, fraction", [(0, 1.0), (1, 0.5), (3, 0.125), (4, 0.0)], ids=str)
+def test_line_search_halves_until_accepted_and_else_restores(accepted, fraction):
+    parameters = [nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([[3.0]]))]
+    tried = []
+
+    def accept():
+        tried.append(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+        return len(tried) > accepted
+
+    step = torch.tensor([8.0, -8.0, 16.0])
+    assert trpo.line_search(parameters, step, accept, max_backtracks=3) == fraction
+    end = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    assert torch.equal(end, torch.tensor([1.0, 2.0, 3.0]) + fraction * step)
+    assert torch.equal(tried[0], torch.tensor([9.0, -6.0, 19.0]))
+
+
+@pytest.mark.parametrize("why", ["no gain", "too far"])
+def test_trpo_keeps_the_policy_if_no_step_is_accepted(why, monkeypatch):
+    run, batch, _ = recorded(trpo, "Scripted-v0", norm_adv=False)
+    before = parameters_of(run.agent, "actor")
+    if why == "no gain":
+        solve = trpo.conjugate_gradient
+        monkeypatch.setattr(trpo, "conjugate_gradient", lambda *a: -solve(*a))
+    else:
+        kl = trpo.kl_divergence
+        monkeypatch.setattr(trpo, "kl_divergence", lambda p, q: kl(p, q) + 1)
+    losses = run.update(batch)
+    assert losses["losses/step_fraction"] == 0
+    after = parameters_of(run.agent, "actor")
+    assert all((after[name] == before[name]).all() for name in before)
+
+
+@pytest.mark.parametrize("script", LADDER)
+def test_an_update_without_advantages_changes_no_policy_and_stays_finite(script):
+    run, batch, _ = recorded(script, "Scripted-v0", ent_coef=0.0)
+    before = parameters_of(run.agent, "actor")
+    zeros = torch.zeros_like(batch.returns)
+    batch = batch._replace(
+        **{name: zeros for name in ("advantages", "returns") if name in batch._fields}
+    )
+    assert np.isfinite(list(run.update(batch).values())).all()
+    assert_close(parameters_of(run.agent, "actor"), before, 1e-7)
