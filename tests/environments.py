@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import ppo
 import reinforce
@@ -55,7 +55,6 @@ class Spaces(gym.Env):
         self.received = []
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
         if seed is not None:
             self.observation_space.seed(seed)
         self.time = 0
@@ -68,174 +67,74 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), reward, False, self.time == 5, {}
 
 
-class Batched(gym.vector.VectorEnv):
-    """Environments stepped at once in NumPy. An observation is the one-hot index of a state."""
+class Steady(gym.Env):
+    """Pays 1 a step in its only state, until a time limit."""
 
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
-    num_states = 1
-
-    def __init__(self, num_envs):
-        self.num_envs = num_envs
-        self.single_observation_space = Box(0, 1, (self.num_states,), np.float32)
-        self.single_action_space = Discrete(2)
-        self.observation_space = gym.vector.utils.batch_space(
-            self.single_observation_space, num_envs
-        )
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+    observation_space, action_space, limit, steps = Box(0, 1, (1,)), Discrete(2), 20, 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.time, self.ended = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
-        self.state = self.first()
-        return self.observation(), {}
+        self.time = 0
+        return np.ones(1, np.float32), {}
 
-    def first(self):
-        return self.np_random.integers(self.num_states, size=self.num_envs)
-
-    def observation(self):
-        return np.eye(self.num_states, dtype=np.float32)[self.state]
-
-    def advance(self, actions):
-        """Rewards, terminations and truncations (N,) of a step at self.time."""
-        raise NotImplementedError
-
-    def step(self, actions):
-        resets = self.ended
-        rewards, terminations, truncations = self.advance(actions)
-        self.time = np.where(resets, 0, self.time + 1)
-        self.state = np.where(resets, self.first(), self.state)
-        terminations, truncations = terminations & ~resets, truncations & ~resets
-        self.ended = terminations | truncations
-        return self.observation(), np.where(resets, 0.0, rewards), terminations, truncations, {}
+    def step(self, action):
+        Steady.steps += 1
+        self.time += 1
+        return np.ones(1, np.float32), 1.0, False, self.time == self.limit, {}
 
 
-class TimeLimit(Batched):
-    """Reward 1 for ever, cut every 20 steps."""
-
-    def advance(self, actions):
-        late = self.time == 19
-        return np.ones(self.num_envs), np.zeros_like(late), late
+class Endless(Steady):
+    limit = np.inf
 
 
-class Delay(Batched):
-    """Two steps. Only the second pays, and only in the state that the observation tells."""
-
-    num_states = 2
-
-    def first(self):
-        return np.zeros(self.num_envs, int)
-
-    def advance(self, actions):
-        late = self.time == 1
-        self.state = np.ones(self.num_envs, int)
-        return 1.0 * late, late, np.zeros_like(late)
-
-
-class Match(Batched):
-    """One step, which pays 1 if the action is the state and -1 if not."""
-
-    num_states = 2
-
-    def advance(self, actions):
-        ends = np.ones(self.num_envs, bool)
-        return np.where(actions == self.state, 1.0, -1.0), ends, ~ends
-
-
-class Afterlife(Batched):
-    """Environment n lasts n + 1 steps of reward 1. Its reset steps pay 1000, as all later ones."""
-
-    num_states = 1
-    lives = 0
+class Once(Steady):
+    """The first episode has 1 to 4 steps, by the seed. Each later step pays 1000."""
 
     def reset(self, *, seed=None, options=None):
-        self.lives = np.zeros(self.num_envs, int)
+        self.limit, self.reward = (seed % 4 + 1, 1.0) if seed is not None else (20, 1000.0)
         return super().reset(seed=seed)
 
-    def advance(self, actions):
-        self.lives += self.ended
-        ends = self.time == np.arange(self.num_envs)
-        return np.where(self.lives > 0, 1000.0, 1.0), ends, np.zeros_like(ends)
-
-    def step(self, actions):
-        resets = self.ended
-        obs, rewards, *rest = super().step(actions)
-        return obs, np.where(resets, 1000.0, rewards), *rest
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, self.reward, terminated, truncated, info
 
 
-class Endless(Batched):
-    """Pays 1 a step and never ends. It counts the steps of the last instance."""
+class Match(gym.Env):
+    """One step, which pays 1 if the action is the state and -1 if not.
 
-    steps = 0
+    Two more features hardly vary: a constant and a clock of large numbers.
+    """
 
-    def __init__(self, num_envs):
-        super().__init__(num_envs)
-        Endless.steps = 0
-
-    def advance(self, actions):
-        Endless.steps += 1
-        return np.ones(self.num_envs), np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
-
-
-class Reusing(gym.vector.VectorEnv):
-    """Scripted-v0, but every array that it returns is overwritten by the next step."""
-
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
-
-    def __init__(self, num_envs):
-        self.envs = gym.make_vec("Scripted-v0", num_envs)
-        self.num_envs = num_envs
-        self.single_observation_space = self.envs.single_observation_space
-        self.single_action_space = self.envs.single_action_space
-        self.observation_space = self.envs.observation_space
-        self.action_space = self.envs.action_space
-
-    def hand_out(self, *arrays):
-        if not hasattr(self, "arrays"):
-            self.arrays = [np.empty_like(x) for x in (arrays[0], np.zeros(self.num_envs))]
-            self.arrays += [np.empty(self.num_envs, bool), np.empty(self.num_envs, bool)]
-        for own, new in zip(self.arrays, arrays):
-            own[:] = new
-        return self.arrays[: len(arrays)]
-
-    def reset(self, *, seed=None, options=None):
-        obs, info = self.envs.reset(seed=seed)
-        return *self.hand_out(obs), info
-
-    def step(self, actions):
-        *arrays, info = self.envs.step(actions)
-        return *self.hand_out(*arrays), info
-
-
-class Offset(Batched):
-    """One feature tells the state and two hardly vary: a constant and a clock of large numbers."""
-
-    num_states = 2
-
-    def __init__(self, num_envs):
-        super().__init__(num_envs)
-        self.single_observation_space = Box(-np.inf, np.inf, (3,), np.float64)
-        self.observation_space = gym.vector.utils.batch_space(
-            self.single_observation_space, num_envs
-        )
-        self.clock = 0
+    observation_space, action_space = Box(-np.inf, np.inf, (3,), np.float64), Discrete(2)
+    clock = 0
 
     def observation(self):
-        clock = np.full(self.num_envs, 1.7e9 + 0.02 * self.clock)
-        return np.stack([self.state, np.full(self.num_envs, 7777.77), clock], -1)
-
-    def advance(self, actions):
         self.clock += 1
-        return Match.advance(self, actions)
+        return np.array([self.state, 7777.77, 1.7e9 + 0.02 * self.clock])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.integers(2)
+        return self.observation(), {}
+
+    def step(self, action):
+        return self.observation(), 1.0 if action == self.state else -1.0, True, False, {}
 
 
-class SameStep(Match):
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+def reusing(num_envs):
+    """Environments that write each observation over the one before."""
+    return SyncVectorEnv([Scripted] * num_envs, copy=False)
 
 
-for kind in (TimeLimit, Delay, Match, Afterlife, Endless, Reusing, Offset, SameStep):
-    gym.register(f"{kind.__name__}-v0", vector_entry_point=kind)
-gym.register("Scripted-v0", Scripted)
+def same_step(num_envs):
+    return SyncVectorEnv([Scripted] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+for kind in (Scripted, Steady, Endless, Once, Match):
+    gym.register(f"{kind.__name__}-v0", kind)
 gym.register("my/Scripted-v0", Scripted)
+gym.register("Reusing-v0", vector_entry_point=reusing)
+gym.register("SameStep-v0", vector_entry_point=same_step)
 OBSERVATIONS = {
     "Discrete": Discrete(3),
     "Image": Box(-1, 1, (2, 2, 3)),
@@ -268,7 +167,7 @@ def arguments(script, env_id, **wanted):
 
 
 def start(script, env_id, **wanted):
-    """What learn makes before its loop, and collect() and estimate(rollout) for its loop."""
+    """What learn makes before its loop, with collect(), estimate(rollout) and update(batch)."""
     args = arguments(script, env_id, **wanted)
     torch.manual_seed(args.seed)
     envs = script.make_envs(args, args.num_envs)
@@ -278,16 +177,22 @@ def start(script, env_id, **wanted):
         isinstance(envs.single_action_space, Box),
         args.normalize_observations,
     )
-    obs, _ = envs.reset(seed=args.seed)
     run = SimpleNamespace(args=args, envs=envs, agent=agent)
     run.optimizers = script.make_optimizers(agent, args)
-    if script is reinforce:
-        run.collect = lambda: script.collect_rollout(agent, envs, args)
-        run.estimate = lambda rollout: script.compute_returns(agent, rollout, args)
-    else:
-        state = script.EnvState(obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs))
-        run.collect = lambda: script.collect_rollout(agent, envs, state, args)
-        run.estimate = lambda rollout: script.estimate_advantages(agent, rollout, args)
+    run.obs, _ = envs.reset(seed=args.seed)
+    run.done, run.returns = np.zeros(args.num_envs, bool), np.zeros(args.num_envs)
+
+    def collect():
+        if script is reinforce:
+            return script.collect_rollout(agent, envs, args)
+        rollout = script.collect_rollout(
+            agent, envs, run.obs, run.done, run.returns, args.num_steps
+        )
+        run.obs, run.done = rollout.obs[-1], rollout.terminations[-1] | rollout.truncations[-1]
+        return rollout
+
+    estimate = script.compute_returns if script is reinforce else script.estimate_advantages
+    run.collect, run.estimate = collect, lambda rollout: estimate(agent, rollout, args)
     run.update = lambda batch: script.update(agent, run.optimizers, batch, args)
     return run
 

@@ -81,13 +81,14 @@ def gae(rewards, values, terminated, gamma, gae_lambda):
     successors = values[1:].copy()
     if terminated:
         successors[-1] = 0
-    return discounted_returns(rewards + gamma * successors - values[:-1], gamma * gae_lambda)
+    return discounted_returns(
+        np.asarray(rewards) + gamma * successors - values[:-1], gamma * gae_lambda
+    )
 
 
-def scale_rewards(rewards, seen):
-    """Divided by the deviation of all returns seen before, (K,)."""
-    deviation = np.std(seen) if len(seen) else 1.0
-    return np.clip(rewards / (deviation + 1e-8), -10, 10)
+def discounted_sums(rewards, gamma):
+    """For each step of one episode, (T,): the rewards before it, gamma smaller for each step."""
+    return discounted_returns(rewards[::-1], gamma)[::-1]
 
 
 def scale_observations(obs, seen):

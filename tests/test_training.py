@@ -15,10 +15,7 @@ import ppo
 
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 300, "eval_episodes": 2}
 SCALED = {"normalize_observations": True, "save_interval": 1}
-LEARNING = {"num_envs": 32, "num_steps": 8, "gamma": 0.9, "learning_rate": 1e-2, "ent_coef": 0.0}
-
 each = pytest.mark.parametrize("script", LADDER)
-critics = pytest.mark.parametrize("script", CRITICS)
 
 
 def train_in(folder, monkeypatch, script, env_id="CartPole-v1", **wanted):
@@ -31,19 +28,14 @@ def train_in(folder, monkeypatch, script, env_id="CartPole-v1", **wanted):
 
 
 @each
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Echo-v0"])
-def test_one_seed_decides_everything(script, env_id, tmp_path, monkeypatch):
-    one = train_in(tmp_path / "one", monkeypatch, script, env_id, **SCALED)
-    assert one == train_in(tmp_path / "other", monkeypatch, script, env_id, **SCALED)
-    assert one != train_in(tmp_path / "seed", monkeypatch, script, env_id, **SCALED, seed=2)
-
-
-@critics
-def test_the_kernel_is_what_computes_gae(script):
-    assert script.compute_gae is gae_kernel.compute_gae
+def test_one_seed_decides_everything(script, tmp_path, monkeypatch):
+    one = train_in(tmp_path / "one", monkeypatch, script, "Echo-v0", **SCALED)
+    assert one == train_in(tmp_path / "other", monkeypatch, script, "Echo-v0", **SCALED)
+    assert one != train_in(tmp_path / "seed", monkeypatch, script, "Echo-v0", **SCALED, seed=2)
 
 
 def test_kernel_and_fallback_train_alike(tmp_path, monkeypatch):
+    assert all(script.compute_gae is gae_kernel.compute_gae for script in CRITICS)
     kernel = train_in(tmp_path / "kernel", monkeypatch, ppo)
     monkeypatch.setattr(ppo, "compute_gae", ppo.compute_gae_python)
     assert kernel == train_in(tmp_path / "fallback", monkeypatch, ppo)
@@ -52,22 +44,21 @@ def test_kernel_and_fallback_train_alike(tmp_path, monkeypatch):
 @pytest.mark.slow
 @each
 def test_a_script_copied_alone_runs_there_as_here(script, tmp_path, monkeypatch):
-    """Without the kernel, wandb and the repository, and as a program with its own flags."""
-    here = train_in(tmp_path / "here", monkeypatch, script)
+    """Without the kernel, wandb and the repository, and as a program with flags."""
+    score, rows, _ = train_in(tmp_path / "here", monkeypatch, script)
     alone = tmp_path / "alone"
     alone.mkdir()
-    path = alone / f"{script.__name__}.py"
+    path = alone / Path(script.__file__).name
     path.write_text(Path(script.__file__).read_text())
     absent = "import sys; sys.modules |= dict.fromkeys(['gae_kernel', 'wandb'])"
     code = f"{absent}; import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"
     args = vars(arguments(script, "CartPole-v1", **SMALL))
     flags = [f"--{name.replace('_', '-')}={args[name]}" for name in SMALL if name in args]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *flags], cwd=alone, check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code, *flags]
+    done = subprocess.run(command, cwd=alone, check=True, capture_output=True, text=True)
     monkeypatch.chdir(alone)
-    assert metrics(only_run()) == here[1]
-    assert f"mean return of 2 greedy episodes: {here[0]:.1f}" in done.stdout
+    assert metrics(only_run()) == rows
+    assert f"mean return of 2 greedy episodes: {score:.1f}" in done.stdout
 
 
 @pytest.mark.slow
@@ -81,20 +72,16 @@ def test_environments_in_processes_of_their_own_change_nothing(tmp_path, monkeyp
 
 def test_numpy_scalars_are_arguments_like_others(tmp_path, monkeypatch):
     plain = {"learning_rate": 1e-3, "seed": 3, "num_envs": 2, "norm_adv": False}
-    scalars = {"learning_rate": np.float64(1e-3), "seed": np.int64(3), "num_envs": np.int32(2)}
-    scalars["norm_adv"] = np.bool_(False)
-    assert train_in(tmp_path / "plain", monkeypatch, ppo, **plain) == train_in(
-        tmp_path / "scalars", monkeypatch, ppo, **scalars
-    )
+    kinds = np.float64, np.int64, np.int32, np.bool_
+    scalars = {name: kind(plain[name]) for name, kind in zip(plain, kinds)}
+    one = train_in(tmp_path / "plain", monkeypatch, ppo, **plain)
+    assert one == train_in(tmp_path / "scalars", monkeypatch, ppo, **scalars)
 
 
-@pytest.mark.parametrize("name", ["Offset", "Match"])
-def test_features_that_hardly_vary_do_no_harm(name, tmp_path, monkeypatch):
-    """A constant and a clock beside what tells the best action."""
-    wanted = {**LEARNING, **SCALED, "total_timesteps": 5120, "eval_episodes": 100}
-    score, rows, _ = train_in(tmp_path / name, monkeypatch, ppo, f"{name}-v0", **wanted)
+def test_features_that_hardly_vary_do_no_harm(tmp_path, monkeypatch):
+    wanted = {"num_envs": 32, "num_steps": 8, "total_timesteps": 5120, "eval_episodes": 100}
+    score, *_ = train_in(tmp_path / "run", monkeypatch, ppo, "Match-v0", **SCALED | wanted)
     assert score == 1
-    assert all(math.isfinite(x) for row in rows for x in row.values())
 
 
 @each
@@ -106,8 +93,7 @@ def test_features_that_hardly_vary_do_no_harm(name, tmp_path, monkeypatch):
         *[("env_id", f"{name}-v0", "neither Discrete nor floats") for name in REFUSED],
         ("total_timesteps", 0, "at least 1"),
         ("num_envs", -3, "at least 1"),
-        ("save_interval", 0, "at least 1"),
-        ("eval_episodes", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
         ("device", "gpu", "gpu"),
         ("gamma", 1.5, "from 0 to 1"),
         ("gamma", -0.1, "from 0 to 1"),
@@ -124,10 +110,10 @@ def refused(script, name, value, message, tmp_path, monkeypatch, **wanted):
     args = arguments(script, **{"env_id": "CartPole-v1"} | wanted | {name: value})
     with pytest.raises(script.ArgumentError, match=f"^{name} = {value}: .*{message}"):
         script.train(args)
-    assert not any(tmp_path.iterdir()), "refused, but only after a run began"
+    assert not [*tmp_path.glob("runs/*/metrics.jsonl")]
 
 
-@critics
+@pytest.mark.parametrize("script", CRITICS)
 @pytest.mark.parametrize(
     "name, value, message",
     [
@@ -141,19 +127,15 @@ def test_so_are_arguments_of_the_critics(script, name, value, message, tmp_path,
     refused(script, name, value, message, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("num_minibatches, works", [(16, True), (17, False)])
-def test_so_are_minibatches_without_two_steps(num_minibatches, works, tmp_path, monkeypatch):
-    wanted = {"num_envs": 4, "num_steps": 8, "num_minibatches": num_minibatches}
-    if works:
-        ppo.check_args(ppo.Args(**wanted))
-    else:
-        refused(ppo, message="too many", name="num_minibatches", value=num_minibatches,
-                tmp_path=tmp_path, monkeypatch=monkeypatch, num_envs=4, num_steps=8)  # fmt: skip
+def test_so_are_minibatches_without_two_steps(tmp_path, monkeypatch):
+    sizes = {"num_envs": 4, "num_steps": 8}
+    refused(ppo, "num_minibatches", 17, "too many", tmp_path, monkeypatch, **sizes)
 
 
 def test_limits_of_arguments_work_themselves():
-    ppo.check_args(ppo.Args(gamma=0.0, gae_lambda=1.0, num_steps=128, total_timesteps=1024))
-    ppo.check_args(ppo.Args(gamma=1.0, gae_lambda=0.0, seed=0, num_envs=1, num_minibatches=1))
+    ppo.check_args(ppo.Args(num_envs=4, num_steps=8, num_minibatches=16, total_timesteps=32))
+    ppo.check_args(ppo.Args(gamma=0.0, gae_lambda=1.0, seed=0))
+    ppo.check_args(ppo.Args(gamma=1.0, gae_lambda=0.0, num_envs=1, num_minibatches=1))
 
 
 @pytest.mark.xfail(strict=True, reason="check_args takes the int 0 for a size, whatever its field")
@@ -169,52 +151,30 @@ def test_the_program_tells_a_wrong_argument_in_one_line(tmp_path):
 
 
 @each
-@pytest.mark.parametrize("key", ["losses/policy_loss", "losses/entropy"])
-def test_a_number_that_is_not_finite_stops_the_run(script, key, tmp_path, monkeypatch):
+def test_a_number_that_is_not_finite_stops_the_run(script, tmp_path, monkeypatch):
     """Neither the checkpoint nor the record gets it."""
     update, calls = script.update, []
 
     def poisoned(*args):
         calls.append(args)
-        return update(*args) | ({key: math.inf} if len(calls) == 3 else {})
+        return update(*args) | ({"losses/entropy": math.inf} if len(calls) == 3 else {})
 
     monkeypatch.setattr(script, "update", poisoned)
-    with pytest.raises(FloatingPointError, match=f"not finite: .*{key}.*inf"):
+    with pytest.raises(FloatingPointError, match=r"not finite: .*losses/entropy.*inf"):
         train_in(tmp_path / "run", monkeypatch, script, save_interval=1)
     steps = [row["global_step"] for row in metrics(only_run())]
     checkpoint = torch.load(only_run() / "checkpoint.pt", weights_only=True)
     assert len(steps) == 2 and checkpoint["global_step"] == steps[1]
 
 
-def learned(script, env_id, updates=40, **wanted):
-    """The agent after some updates."""
-    run = start(
-        script, env_id, **LEARNING | {"vf_learning_rate": 1e-2, "anneal_lr": False} | wanted
-    )
-    for _ in range(updates):
-        run.update(run.estimate(run.collect()))
-    return run.agent
-
-
-@critics
-def test_the_value_of_a_reward_to_come_is_learned(script):
-    agent = learned(script, "Delay-v0", normalize_rewards=False)
-    values = agent.value(torch.eye(2)).detach()
-    torch.testing.assert_close(values, torch.tensor([0.9, 1.0]), rtol=0, atol=0.05)
-
-
-@critics
+@pytest.mark.parametrize("script", CRITICS)
 def test_a_time_limit_is_not_death(script):
     """Reward 1 for ever is worth 1 / (1 - gamma) = 10, though an episode lasts 20 steps."""
-    wanted = {"num_envs": 4, "num_steps": 42, "normalize_rewards": False}
-    agent = learned(script, "TimeLimit-v0", **wanted)
-    assert agent.value(torch.ones(1)).item() == pytest.approx(10, abs=0.3)
-
-
-@each
-def test_the_policy_is_learned(script):
-    agent = learned(script, "Match-v0", update_epochs=2)
-    assert (agent.policy(torch.eye(2)).probs.diag() > 0.9).all()
+    wanted = {"num_envs": 4, "num_steps": 42, "gamma": 0.9, "normalize_rewards": False}
+    run = start(script, "Steady-v0", **wanted, learning_rate=1e-2, vf_learning_rate=1e-2)
+    for _ in range(40):
+        run.update(run.estimate(run.collect()))
+    assert run.agent.value(torch.ones(1)).item() == pytest.approx(10, abs=0.3)
 
 
 @pytest.mark.slow
