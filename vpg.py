@@ -61,10 +61,10 @@ class ArgumentError(ValueError):
 def check_args(args: Args) -> Args:
     """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
     values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
-    for name, value in values.items():
+    for name, kind in Args.__annotations__.items():
         lowest = 0 if name == "seed" else 1
-        if type(value) is int and value < lowest:
-            raise ArgumentError(f"{name} = {value}: must be at least {lowest}")
+        if kind is int and values[name] < lowest:
+            raise ArgumentError(f"{name} = {values[name]}: must be at least {lowest}")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= values[name] <= 1:
             raise ArgumentError(f"{name} = {values[name]}: must be from 0 to 1")

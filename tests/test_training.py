@@ -138,7 +138,6 @@ def test_limits_of_arguments_work_themselves():
     ppo.check_args(ppo.Args(gamma=1.0, gae_lambda=0.0, num_envs=1, num_minibatches=1))
 
 
-@pytest.mark.xfail(strict=True, reason="check_args takes the int 0 for a size, whatever its field")
 def test_floats_may_be_given_as_integers():
     ppo.check_args(ppo.Args(gamma=0, gae_lambda=0, ent_coef=0, learning_rate=0))
 
