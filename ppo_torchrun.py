@@ -410,11 +410,10 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     return checkpoint["global_step"]
 
 
-def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
+def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # of the whole process: networks this small gain nothing from more
-    envs = make_envs(args, args.num_envs)
     agent = Agent(
         num_inputs=gym.spaces.flatdim(envs.single_observation_space),
         num_actions=gym.spaces.flatdim(envs.single_action_space),
@@ -490,14 +489,15 @@ def learn(args: Args, run_dir: Path, wandb_run: Any = None) -> float:
 def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
     args = check_args(args)
+    envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
     if dist.get_rank() > 0:
-        return learn(args, run_dir)
+        return learn(args, envs, run_dir)
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
     if not args.track:
-        return learn(args, run_dir)
+        return learn(args, envs, run_dir)
     import wandb
 
     with wandb.init(
@@ -508,7 +508,7 @@ def train(args: Args) -> float:
         save_code=True,
         reinit="create_new",
     ) as wandb_run:
-        return learn(args, run_dir, wandb_run)
+        return learn(args, envs, run_dir, wandb_run)
 
 
 if __name__ == "__main__":
