@@ -5,15 +5,16 @@ python tests/mutants.py 12 40      # only these, printed
 A fault is put into every script that has its text. Tests of learning by score and of the
 scripts' text do not count.
 """
+# ruff: noqa: E501
 
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,11 @@ MUTANTS = [
     (UPDATES, "- args.ent_coef * entropy", "+ args.ent_coef * entropy"),
     (UPDATES, "- args.ent_coef * entropy", ""),
     (UPDATES, "args.vf_coef * value_loss", "value_loss"),
-    (UPDATES, "ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)", "ratio.clamp(1 - args.clip_coef)"),
+    (
+        UPDATES,
+        "ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)",
+        "ratio.clamp(1 - args.clip_coef)",
+    ),
     (UPDATES, "ratio.clamp(1 - args.clip_coef, ", "ratio.clamp(0, "),
     (UPDATES, "-torch.min(ratio * adv", "-torch.max(ratio * adv"),
     (UPDATES, "torch.min(ratio * advantages, clipped", "(clipped"),
@@ -47,13 +52,25 @@ MUTANTS = [
     (UPDATES, "for _ in range(args.vf_epochs)", "for _ in range(args.vf_epochs + 1)"),
     (UPDATES, "            optimizer.zero_grad()\n", ""),
     (UPDATES, "        value_optimizer.zero_grad()\n", ""),
-    (UPDATES, "nn.utils.clip_grad_norm_(agent.parameters(), args", "nn.utils.clip_grad_norm_(agent.actor.parameters(), args"),
-    (UPDATES, "        nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)\n", ""),
+    (
+        UPDATES,
+        "nn.utils.clip_grad_norm_(agent.parameters(), args",
+        "nn.utils.clip_grad_norm_(agent.actor.parameters(), args",
+    ),
+    (
+        UPDATES,
+        "        nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)\n",
+        "",
+    ),
     (UPDATES, "    nn.utils.clip_grad_norm_(agent.actor.parameters(), args.max_grad_norm)\n", ""),
     (UPDATES, "(ratio - 1 - log_ratio).mean()", "(-log_ratio).mean()"),
     (UPDATES, "(ratio != clipped_ratio)", "(ratio > clipped_ratio)"),
     (UPDATES, "approx_kl > args.target_kl", "approx_kl > 1.5 * args.target_kl"),
-    (UPDATES, "approx_kl > args.target_kl:\n            break", "approx_kl > args.target_kl:\n            pass"),
+    (
+        UPDATES,
+        "approx_kl > args.target_kl:\n            break",
+        "approx_kl > args.target_kl:\n            pass",
+    ),
     (UPDATES, "1 - unexplained.item()", "unexplained.item()"),
     (UPDATES, "(batch.returns - batch.values).var()", "(batch.returns - batch.advantages).var()"),
     (UPDATES, "args.vf_learning_rate, eps=1e-5", "args.vf_learning_rate"),
@@ -63,14 +80,22 @@ MUTANTS = [
     # The trust region
     (UPDATES, "beta = next_r.dot(next_r) / r.dot(r)", "beta = 0"),
     (UPDATES, "next_r = r - alpha * Ap", "next_r = r - Ap"),
-    (UPDATES, "        if r.dot(r) < 1e-10:  # solved, and the next step would divide by 0\n            break\n", ""),
+    (
+        UPDATES,
+        "        if r.dot(r) < 1e-10:  # solved, and the next step would divide by 0\n            break\n",
+        "",
+    ),
     (UPDATES, "torch.sqrt(2 * args.target_kl", "torch.sqrt(args.target_kl"),
     (UPDATES, "product + args.cg_damping * vector", "product"),
     (UPDATES, "and new_kl <= args.target_kl", ""),
     (UPDATES, "new_surrogate > old_surrogate and", ""),
     (UPDATES, "fraction = 0.5**backtracks", "fraction = 0.8**backtracks"),
     (UPDATES, "range(max_backtracks + 1)", "range(max_backtracks)"),
-    (UPDATES, "    vector_to_parameters(old_parameters, parameters)\n    return 0.0", "    return 0.0"),
+    (
+        UPDATES,
+        "    vector_to_parameters(old_parameters, parameters)\n    return 0.0",
+        "    return 0.0",
+    ),
     (UPDATES, "kl_divergence(old_policy, policy)", "kl_divergence(policy, old_policy)"),
     # The policy and its inputs
     (UPDATES, 'get_parameter("log_std").exp()', 'get_parameter("log_std").exp() ** 2'),
@@ -91,24 +116,56 @@ MUTANTS = [
     (ROLLOUTS, "and len(obs_space.shape) == 1", ""),
     # Rollouts and what they are worth
     (ROLLOUTS, "valid[t] = ~done", "valid[t] = True"),
-    (ROLLOUTS, "done = terminations[t] | truncations[t]\n        episode_return", "done = terminations[t]\n        episode_return"),
+    (
+        ROLLOUTS,
+        "done = terminations[t] | truncations[t]\n        episode_return",
+        "done = terminations[t]\n        episode_return",
+    ),
     (ROLLOUTS, "        episode_return[done] = 0\n", ""),
     (ROLLOUTS, "obs[0] = obs_0", "pass"),
     (ROLLOUTS, "actions.append(agent.act(obs[t]))", "actions.append(agent.act(obs[0]))"),
     (ROLLOUTS, "obs.append(next_obs.copy())", "obs.append(next_obs)"),
     (ROLLOUTS, "np.where(done, 0.0, reward)", "reward"),
     (ROLLOUTS, "valid.append(~done)", "valid.append(~done | True)"),
-    (ROLLOUTS, "following = rollout.rewards[t] + args.gamma * following", "following = rollout.rewards[t] + following"),
+    (
+        ROLLOUTS,
+        "following = rollout.rewards[t] + args.gamma * following",
+        "following = rollout.rewards[t] + following",
+    ),
     (ROLLOUTS, "if not args.reward_to_go:", "if args.reward_to_go:"),
-    (ROLLOUTS, "returns /= agent.return_stats.var.sqrt().item() + 1e-8", "returns /= agent.return_stats.var.item() + 1e-8"),
-    (ROLLOUTS, "sums[t] * ~(rollout.terminations[t] | rollout.truncations[t])", "sums[t] * ~rollout.terminations[t]"),
-    (ROLLOUTS, "sums[t] = rollout.rewards[t] + gamma * carry", "sums[t] = rollout.rewards[t] + carry"),
+    (
+        ROLLOUTS,
+        "returns /= agent.return_stats.var.sqrt().item() + 1e-8",
+        "returns /= agent.return_stats.var.item() + 1e-8",
+    ),
+    (
+        ROLLOUTS,
+        "sums[t] * ~(rollout.terminations[t] | rollout.truncations[t])",
+        "sums[t] * ~rollout.terminations[t]",
+    ),
+    (
+        ROLLOUTS,
+        "sums[t] = rollout.rewards[t] + gamma * carry",
+        "sums[t] = rollout.rewards[t] + carry",
+    ),
     (ROLLOUTS, "sums[rollout.valid].reshape", "sums.reshape"),
     (ROLLOUTS, "(std + 1e-8)).clip(-10, 10)", "(std + 1e-8))"),
-    (ROLLOUTS, "values[t + 1] * ~terminations[t] -", "values[t + 1] * ~(terminations[t] | truncations[t]) -"),
-    (ROLLOUTS, "columns = (rollout.obs[:-1], rollout.actions, values[:-1]", "columns = (rollout.obs[1:], rollout.actions, values[:-1]"),
+    (
+        ROLLOUTS,
+        "values[t + 1] * ~terminations[t] -",
+        "values[t + 1] * ~(terminations[t] | truncations[t]) -",
+    ),
+    (
+        ROLLOUTS,
+        "columns = (rollout.obs[:-1], rollout.actions, values[:-1]",
+        "columns = (rollout.obs[1:], rollout.actions, values[:-1]",
+    ),
     (ROLLOUTS, "values[:-1], advantages, returns)", "values[1:], advantages, returns)"),
-    (ROLLOUTS, "if len(obs) * args.num_envs >= args.total_timesteps:", "if len(obs) * args.num_envs >= 2 * args.total_timesteps:"),
+    (
+        ROLLOUTS,
+        "if len(obs) * args.num_envs >= args.total_timesteps:",
+        "if len(obs) * args.num_envs >= 2 * args.total_timesteps:",
+    ),
     # Runs
     (RUNS, "returns[running] += rewards[running]", "returns += rewards"),
     (RUNS, "running &= ~(terminations | truncations)", "running &= ~terminations"),
@@ -117,19 +174,35 @@ MUTANTS = [
     (RUNS, "steps += running.sum()", "steps += len(running)"),
     (RUNS, "fraction = 1 - global_step", "fraction = 1 - 0.5 * global_step"),
     (RUNS, "if args.anneal_lr else 1.0", "if not args.anneal_lr else 1.0"),
-    (RUNS, "for optimizer in optimizers:\n            optimizer.param", "for optimizer in optimizers[:1]:\n            optimizer.param"),
+    (
+        RUNS,
+        "for optimizer in optimizers:\n            optimizer.param",
+        "for optimizer in optimizers[:1]:\n            optimizer.param",
+    ),
     (RUNS, "        agent.obs_stats.update(batch.obs)", "        pass"),
-    (RUNS, "        metrics = update(agent, optimizers, batch, args)\n        agent.obs_stats.update(batch.obs)", "        agent.obs_stats.update(batch.obs)\n        metrics = update(agent, optimizers, batch, args)\n        pass"),
+    (
+        RUNS,
+        "        metrics = update(agent, optimizers, batch, args)\n        agent.obs_stats.update(batch.obs)",
+        "        agent.obs_stats.update(batch.obs)\n        metrics = update(agent, optimizers, batch, args)\n        pass",
+    ),
     (RUNS, "steps = len(batch.obs)", "steps = rollout.valid.size"),
     (RUNS, "        optimizer.load_state_dict(state)\n", "        pass\n"),
     (RUNS, 'agent.load_state_dict(checkpoint["agent"])', "pass"),
     (RUNS, 'return checkpoint["global_step"]', "return 0"),
-    (RUNS, 'torch.manual_seed(args.seed + global_step)  # not', "pass  # not"),
+    (RUNS, "torch.manual_seed(args.seed + global_step)  # not", "pass  # not"),
     (RUNS, "envs.reset(seed=args.seed + global_step)", "envs.reset(seed=args.seed)"),
     (RUNS, "envs.reset(seed=args.seed + args.num_envs)", "envs.reset()"),
-    (RUNS, 'torch.save(checkpoint, path.with_suffix(".tmp"))\n    path.with_suffix(".tmp").replace(path)', "torch.save(checkpoint, path)"),
+    (
+        RUNS,
+        'torch.save(checkpoint, path.with_suffix(".tmp"))\n    path.with_suffix(".tmp").replace(path)',
+        "torch.save(checkpoint, path)",
+    ),
     (RUNS, "iteration % args.save_interval == 0 or", ""),
-    (RUNS, "or global_step >= args.total_timesteps:\n            save", "or False:\n            save"),
+    (
+        RUNS,
+        "or global_step >= args.total_timesteps:\n            save",
+        "or False:\n            save",
+    ),
     (RUNS, 'open(run_dir / "metrics.jsonl", "a")', 'open(run_dir / "metrics.jsonl", "w")'),
     (RUNS, '{time.time_ns()}"', '{args.seed}"'),
     (RUNS, '.replace(":", "-")', ""),
@@ -140,7 +213,7 @@ MUTANTS = [
     (TRAINING, "if not 0 <= values[name] <= 1:", "if values[name] > 1:"),
     (TRAINING, "< args.num_envs * args.num_steps:", "< args.num_steps:"),
     (TRAINING, "if 2 * args.num_minibatches >", "if args.num_minibatches >"),
-    (TRAINING, 'envs.metadata.get("autoreset_mode") != gym', 'False and gym'),
+    (TRAINING, 'envs.metadata.get("autoreset_mode") != gym', "False and gym"),
     (TRAINING, "if not np.isfinite(list(metrics.values())).all():", "if False:"),
     (TRAINING, "torch.manual_seed(args.seed)\n", "pass\n"),
     (WANDB, '        reinit="create_new",\n', ""),
@@ -148,25 +221,39 @@ MUTANTS = [
     (WANDB, "config=vars(args)", "config=None"),
     (PROCESSES, "return x / dist.get_world_size()", "return x"),
     (PROCESSES, "rows = torch.cat(gathered)", "rows = gathered[0]"),
-    (PROCESSES, "            vector_to_parameters(average(parameters_to_vector(gradients)), gradients)\n", ""),
+    (
+        PROCESSES,
+        "            vector_to_parameters(average(parameters_to_vector(gradients)), gradients)\n",
+        "",
+    ),
     (PROCESSES, "args.seed += dist.get_rank() * args.num_envs", "pass"),
     (PROCESSES, "approx_kl = average(approx_kl)", "approx_kl = approx_kl"),
     # The kernel
     (GAE, "(terminations[n] | truncations[n]) != 0", "terminations[n] != 0"),
-    (GAE, "terminations[n] != 0;\n        let ended", "(terminations[n] | truncations[n]) != 0;\n        let ended"),
+    (
+        GAE,
+        "terminations[n] != 0;\n        let ended",
+        "(terminations[n] | truncations[n]) != 0;\n        let ended",
+    ),
     (GAE, "gamma * T::zero() } else", "T::zero() - gamma } else"),
     (GAE, "discount * next_values[n] - values[n]", "discount * next_values[n] + values[n]"),
     (GAE, "delta + decay * advantage[n]", "decay * advantage[n]"),
     (GAE, "returns[n] = advantage[n] + values[n]", "returns[n] = advantage[n]"),
     (GAE, "next_values = values;", "let _ = values;"),
-    (GAE, "&rollout.values[steps * rollout.envs + column..]", "&rollout.values[(steps - 1) * rollout.envs + column..]"),
+    (
+        GAE,
+        "&rollout.values[steps * rollout.envs + column..]",
+        "&rollout.values[(steps - 1) * rollout.envs + column..]",
+    ),
     (GAE, "dispatch(rollout, i * width, chunk)", "dispatch(rollout, 0, chunk)"),
     (GAE, 'gamma * fraction("gae_lambda", gae_lambda)?', 'fraction("gae_lambda", gae_lambda)?'),
-    (GAE, "gamma as f32, gamma_lambda as f32", "gamma as f32, (gamma as f32) * (gamma_lambda as f32)"),
+    (
+        GAE,
+        "gamma as f32, gamma_lambda as f32",
+        "gamma as f32, (gamma as f32) * (gamma_lambda as f32)",
+    ),
     ("test_gae_boundary.py", "(0.0..=1.0).contains(&number)", "(0.0..=2.0).contains(&number)"),
-]  # fmt: skip
-# These change nothing that a caller could see.
-EQUIVALENT = {}
+]
 
 
 def mutate(copy, old, new):
@@ -194,58 +281,85 @@ def build_kernel(copy):
     return copy / "kernel"
 
 
-def killer(number):
-    """What notices a mutant: (the files changed, the name of the first test that fails)."""
+def run_tests(copy, files, kernel):
+    """Runs pytest on the copy until a test fails. Returns what it prints."""
+    os.chdir(copy)
+    os.environ["TMPDIR"] = str(copy.parent)
+    tempfile.tempdir = None
+    sys.path[:0] = [str(copy / "tests"), str(copy), *([str(kernel)] if kernel else [])]
+    os.dup2(os.open(copy.parent / "log.txt", os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(1, 2)
+    arguments = ["-qx", "-p", "no:cacheprovider", "-p", "no:benchmark", "-k", "not learns_cartpole"]
+    pytest.main([*arguments, *(f"tests/{file}" for file in files)])
+
+
+def attempt(number, folder):
+    """Makes a mutant in an empty folder, and tests it. Writes what notices it to result.txt."""
     first, old, new = MUTANTS[number]
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "copy")
-        ignored = shutil.ignore_patterns(".*", "target", "runs", "benchmarks", "dist", "mutants*")
-        shutil.copytree(ROOT, copy, ignore=ignored)
-        changed = mutate(copy, old, new)
-        env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": folder}
-        if changed[0].endswith(".rs"):
-            kernel = build_kernel(copy)
-            if kernel is None:
-                return changed, "does not compile"
-            env["PYTHONPATH"] = str(kernel)
-        kernels = [GAE, "test_gae_boundary.py"]
-        rest = kernels if changed[0].endswith(".rs") else SCRIPTS
-        for file in [first, *(name for name in rest if name != first)]:
-            command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k"]
-            command += ["not learns_cartpole", f"tests/{file}"]
-            try:
-                done = subprocess.run(
-                    command, cwd=copy, env=env, capture_output=True, text=True, timeout=600
-                )
-            except subprocess.TimeoutExpired:
-                return changed, f"{file}: no end"
-            if found := re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.M):
-                return changed, found[1]
-            if done.returncode:
-                return changed, f"{file}: {done.stdout.splitlines()[-1]}"
-    return changed, "SURVIVED"
+    copy = folder / "copy"
+    ignored = shutil.ignore_patterns(".*", "target", "runs", "benchmarks", "dist", "mutants*")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    changed, kernel = mutate(copy, old, new), None
+    (folder / "changed.txt").write_text(" ".join(changed))
+    files = SCRIPTS
+    if changed[0].endswith(".rs"):
+        files, kernel = [GAE, "test_gae_boundary.py"], build_kernel(copy)
+        if kernel is None:
+            (folder / "log.txt").write_text("FAILED tests/it does not compile\n")
+            return
+    run_tests(copy, [first, *(file for file in files if file != first)], kernel)
+
+
+def result(number, folder):
+    """The row of the table."""
+    _, old, new = MUTANTS[number]
+    log = folder / "log.txt"
+    text = log.read_text(errors="replace") if log.exists() else ""
+    name = "SURVIVED" if re.search(r"^\d+ passed", text, re.M) else "no end"
+    if found := re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", text, re.M):
+        name = found[1]
+    changed = (folder / "changed.txt").read_text()
+    cells = [changed, *(f"`{' '.join(text.split())}`" for text in (old, new)), name]
+    return f"| {number} | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def main():
-    numbers = [int(x) for x in sys.argv[1:]] or range(len(MUTANTS))
-    rows = []
-    with ThreadPoolExecutor(int(os.environ.get("MUTANT_WORKERS", "2"))) as pool:
-        for number, (changed, name) in zip(numbers, pool.map(killer, numbers)):
-            _, old, new = MUTANTS[number]
-            cells = [" ".join(text.split()).replace("|", "\\|") for text in (old, new)]
-            name = name.replace("|", "\\|")
-            rows.append(
-                f"| {number} | {' '.join(changed)} | `{cells[0]}` | `{cells[1]}` | {name} |"
-            )
-            print(rows[-1], flush=True)
+    numbers = [int(x) for x in sys.argv[1:]] or [*range(len(MUTANTS))]
+    waiting, running, rows = numbers[::-1], {}, {}
+    while waiting or running:
+        if waiting and len(running) < int(os.environ.get("MUTANT_WORKERS", "2")):
+            number, folder = waiting.pop(), Path(tempfile.mkdtemp())
+            child = os.fork()
+            if child == 0:
+                os.setpgid(0, 0)
+                signal.alarm(900)
+                try:
+                    attempt(number, folder)
+                finally:
+                    os._exit(0)
+            running[child] = number, folder
+            continue
+        number, folder = running.pop(os.wait()[0])
+        rows[number] = result(number, folder)
+        print(rows[number], flush=True)
+        shutil.rmtree(folder)
     if len(numbers) == len(MUTANTS):
-        survived = sum("SURVIVED" in row for row in rows)
+        survived = sum("SURVIVED" in row for row in rows.values())
         head = (
             f"{len(rows)} mutants, {len(rows) - survived} killed. By `python tests/mutants.py`.\n"
         )
         head += "\n| | files | text | fault | killed by |\n|---|---|---|---|---|\n"
-        (ROOT / "tests" / "mutants.md").write_text(head + "\n".join(rows) + "\n")
+        table = "\n".join(rows[number] for number in sorted(rows))
+        (ROOT / "tests" / "mutants.md").write_text(head + table + "\n")
 
 
 if __name__ == "__main__":
+    # Imported once, here: each mutant is tested in a fork.
+    import gymnasium  # noqa: F401
+    import pytest
+    import torch._dynamo
+    import torch.distributions
+    import tyro  # noqa: F401
+
+    torch.set_num_threads(1)
     main()

@@ -247,16 +247,12 @@ def test_conjugate_gradients_are_the_references(iterations):
     rng = np.random.default_rng(0)
     root, b = rng.standard_normal((6, 6)), rng.standard_normal(6)
     matrix = root @ root.T + np.eye(6)
-    actual = trpo.conjugate_gradient(torch.tensor(matrix).mv, torch.tensor(b), iterations)
     expected = reference.conjugate_gradient(matrix, b, iterations)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4)
-    if iterations >= 6:
-        np.testing.assert_allclose(actual, np.linalg.solve(matrix, b), rtol=1e-4)
-
-
-def test_conjugate_gradients_of_zero_are_zero():
-    zero = torch.zeros(6)
-    assert torch.equal(trpo.conjugate_gradient(torch.eye(6).mv, zero, 6), zero)
+    for sign in (1, 0):
+        actual = trpo.conjugate_gradient(
+            torch.tensor(matrix).mv, torch.tensor(sign * b), iterations
+        )
+        np.testing.assert_allclose(actual, sign * expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("accepted, fraction", [(0, 1.0), (1, 0.5), (3, 0.125), (4, 0.0)], ids=str)
@@ -289,15 +285,3 @@ def test_trpo_keeps_the_policy_if_no_step_is_accepted(why, monkeypatch):
     assert losses["losses/step_fraction"] == 0
     after = parameters_of(run.agent, "actor")
     assert all((after[name] == before[name]).all() for name in before)
-
-
-@pytest.mark.parametrize("script", LADDER)
-def test_an_update_without_advantages_changes_no_policy_and_stays_finite(script):
-    run, batch, _ = recorded(script, "Scripted-v0", ent_coef=0.0)
-    before = parameters_of(run.agent, "actor")
-    zeros = torch.zeros_like(batch.returns)
-    batch = batch._replace(
-        **{name: zeros for name in ("advantages", "returns") if name in batch._fields}
-    )
-    assert np.isfinite(list(run.update(batch).values())).all()
-    assert_close(parameters_of(run.agent, "actor"), before, 1e-7)
