@@ -131,7 +131,7 @@ def plot(path):
     import matplotlib.pyplot as plt
 
     runs = json.loads(Path(path).read_text())["benchmarks"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     for ax, dtype in zip(axes, ["float32", "float64"]):
         for peer in PEERS:
             mine = [run for run in runs if run["params"]["peer"] == peer]
@@ -141,7 +141,7 @@ def plot(path):
             ax.loglog(elements, [1e6 * run["stats"]["median"] for run in mine], "-o", label=peer)
         ax.set(title=dtype, xlabel="elements, T × N", ylabel="median time of a call (µs)")
         ax.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
     figure.savefig(Path(__file__).parent / "results" / "gae.png", dpi=120)
 
 
