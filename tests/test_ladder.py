@@ -93,9 +93,8 @@ def test_a_script_is_plain(name):
                 [x.name for x in node.names] if isinstance(node, ast.Import) else [node.module]
             )
             assert not {module.split(".")[0] for module in modules} & banned
-        if isinstance(node, ast.Attribute):
-            private = node.attr.startswith("_") and node.attr not in ("__init__", "_replace")
-            assert not private, ast.unparse(node)
+        if isinstance(node, ast.Attribute) and not node.attr.startswith("__"):
+            assert not node.attr.startswith("_"), ast.unparse(node)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
             assert len(node.args) < 3, ast.unparse(node)
 

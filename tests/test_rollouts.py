@@ -147,11 +147,15 @@ def test_scaled_rewards_are_clipped():
     assert scaled[0].tolist() == [10, -10, 0]
 
 
-def test_reset_steps_leak_nothing():
+LEAKS = pytest.mark.xfail(strict=True, reason="scale_rewards carries a reset step's reward on")
+
+
+@pytest.mark.parametrize("normalize_rewards", [False, pytest.param(True, marks=LEAKS)])
+def test_reset_steps_leak_nothing(normalize_rewards):
     """Junk in the rewards and actions of those steps changes no bit of a batch."""
     batches = []
     for junk in (False, True):
-        run = start(ppo, "Scripted-v0", **SCRIPTED, normalize_rewards=False)
+        run = start(ppo, "Scripted-v0", **SCRIPTED, normalize_rewards=normalize_rewards)
         rollout = run.collect()
         assert not rollout.valid.all()
         if junk:

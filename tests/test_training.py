@@ -12,6 +12,7 @@ from environments import CRITICS, LADDER, REFUSED, arguments, metrics, only_run,
 
 import gae_kernel
 import ppo
+import vpg
 
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 300, "eval_episodes": 2}
 SCALED = {"normalize_observations": True, "save_interval": 1}
@@ -167,3 +168,17 @@ def test_it_learns_cartpole(script, steps, tmp_path, monkeypatch):
     score, rows, _ = train_in(tmp_path / "run", monkeypatch, script, **wanted)
     assert score >= 400
     assert rows[0]["charts/episodic_return"] < 50
+
+
+@pytest.mark.xfail(strict=True, reason="resets may leave a minibatch fewer than two steps")
+@pytest.mark.parametrize(
+    "script, sizes",
+    [
+        (ppo, {"num_envs": 2, "num_steps": 4, "num_minibatches": 4}),
+        (vpg, {"num_envs": 2, "num_steps": 1}),
+    ],
+)
+def test_rollouts_that_resets_may_leave_too_small_are_refused(script, sizes):
+    """Where episodes take one step, half of the steps are resets."""
+    with pytest.raises(script.ArgumentError):
+        script.check_args(arguments(script, "Match-v0", total_timesteps=64, **sizes))

@@ -93,10 +93,8 @@ def mean_entropy(parameters, batch):
 
 @SPACES
 @pytest.mark.parametrize("max_grad_norm", [0.3, 1e9])
-@pytest.mark.parametrize("reward_to_go", [True, False])
-def test_reinforce(env_id, max_grad_norm, reward_to_go):
-    wanted = {"max_grad_norm": max_grad_norm, "reward_to_go": reward_to_go}
-    run, batch, known = recorded(reinforce, env_id, **wanted)
+def test_reinforce(env_id, max_grad_norm):
+    run, batch, known = recorded(reinforce, env_id, max_grad_norm=max_grad_norm)
     parameters = parameters_of(run.agent)
     adam, gradients = reference.Adam(0.02, max_grad_norm), gradients_of(run.optimizers[0])
 
