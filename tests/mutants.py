@@ -1,6 +1,6 @@
 """Small faults in the scripts and the kernel, one at a time: which test notices each?
 
-python tests/mutants.py            # writes tests/mutants.md; takes about an hour
+python tests/mutants.py            # writes tests/mutants.md; takes about an hour on quiet cores
 python tests/mutants.py 12 40      # only these, printed
 A fault is put into every script that has its text. Tests of learning by score and of the
 scripts' text do not count.
