@@ -111,6 +111,7 @@ MUTANTS = [
     (ROLLOUTS, "rows.var(0, correction=0)", "rows.var(0)"),
     (ROLLOUTS, "rows = rows.to(self.mean)", "rows = rows.float()"),
     (ROLLOUTS, "clip(space.low, space.high)", "clip(space.low, None)"),
+    # Equivalent: the bounds have the space's dtype, which clip gives to float32 actions.
     (ROLLOUTS, ".astype(space.dtype)", ""),
     (ROLLOUTS, "return actions + space.start", "return actions"),
     (ROLLOUTS, "and len(obs_space.shape) == 1", ""),
@@ -271,7 +272,7 @@ def mutate(copy, old, new):
 def build_kernel(copy):
     """Returns a folder with the copy's kernel, for PYTHONPATH; None if it does not compile."""
     env = os.environ | {"CARGO_TARGET_DIR": str(ROOT / "gae_kernel/target/mutants")}
-    command = [sys.executable, "-m", "uv", "tool", "run", "maturin", "build", "--release"]
+    command = ["uv", "tool", "run", "maturin", "build", "--release"]
     command += ["--interpreter", sys.executable, "--out", str(copy / "dist")]
     if subprocess.run(command, cwd=copy, env=env, capture_output=True).returncode:
         return None
