@@ -9,7 +9,7 @@ Run: python ppo.py --env-id CartPole-v1
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,16 +66,16 @@ class ArgumentError(ValueError):
 def check_args(args: Args) -> Args:
     """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
     values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
-    for name, kind in Args.__annotations__.items():
-        lowest = 0 if name == "seed" else 1
-        if kind is int and values[name] < lowest:
-            raise ArgumentError(f"{name} = {values[name]}: must be at least {lowest}")
+    for field in fields(Args):
+        lowest = {"seed": 0, "num_steps": 2}.get(field.name, 1)
+        if field.type is int and values[field.name] < lowest:
+            raise ArgumentError(f"{field.name} = {values[field.name]}: must be at least {lowest}")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= values[name] <= 1:
             raise ArgumentError(f"{name} = {values[name]}: must be from 0 to 1")
     if args.total_timesteps < args.num_envs * args.num_steps:
         raise ArgumentError(f"total_timesteps = {args.total_timesteps}: less than one rollout")
-    if 2 * args.num_minibatches > args.num_envs * args.num_steps:  # half may be resets
+    if 2 * args.num_minibatches > args.num_envs * (args.num_steps // 2):  # half may be resets
         raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
     if args.resume and not Path(args.resume).is_file():
         raise ArgumentError(f"resume = {args.resume}: no such file")
@@ -220,7 +220,7 @@ def collect_rollout(agent: Agent, envs: VectorEnv, obs_0, done, episode_return, 
         actions.append(agent.act(obs[t]))
         obs[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(actions[t])
         done = terminations[t] | truncations[t]
-        episode_return += rewards[t]
+        episode_return += rewards[t] * valid[t]
         episode_returns.extend(episode_return[done])
         episode_return[done] = 0
     return Rollout(
@@ -237,7 +237,8 @@ def scale_rewards(agent: Agent, rollout: Rollout, gamma: float) -> np.ndarray:
     carry = np.zeros_like(rollout.rewards[0])
     for t in range(len(sums)):
         sums[t] = rollout.rewards[t] + gamma * carry
-        carry = sums[t] * ~(rollout.terminations[t] | rollout.truncations[t])
+        ended = rollout.terminations[t] | rollout.truncations[t]
+        carry = sums[t] * (rollout.valid[t] & ~ended)
     agent.return_stats.update(torch.as_tensor(sums[rollout.valid].reshape(-1, 1)))
     std = agent.return_stats.var.sqrt().item()
     return (rollout.rewards / (std + 1e-8)).clip(-10, 10)

@@ -9,7 +9,7 @@ Run: python reinforce.py --env-id CartPole-v1
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,10 +57,10 @@ class ArgumentError(ValueError):
 def check_args(args: Args) -> Args:
     """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
     values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
-    for name, kind in Args.__annotations__.items():
-        lowest = 0 if name == "seed" else 1
-        if kind is int and values[name] < lowest:
-            raise ArgumentError(f"{name} = {values[name]}: must be at least {lowest}")
+    for field in fields(Args):
+        lowest = 0 if field.name == "seed" else 1
+        if field.type is int and values[field.name] < lowest:
+            raise ArgumentError(f"{field.name} = {values[field.name]}: must be at least {lowest}")
     if not 0 <= args.gamma <= 1:
         raise ArgumentError(f"gamma = {args.gamma}: must be from 0 to 1")
     if args.resume and not Path(args.resume).is_file():

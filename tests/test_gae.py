@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from fuzz_gae import agrees, random_case, same_bits
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gae_kernel import compute_gae
@@ -13,7 +13,6 @@ both = pytest.mark.parametrize("gae", [compute_gae, compute_gae_python])
 unit = st.sampled_from([0.0, 1.0]) | st.floats(0, 1)
 
 
-@settings(max_examples=10_000, derandomize=True, database=None, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.tuples(st.integers(0, 33)) | st.tuples(st.integers(0, 9), st.integers(0, 150)),

@@ -147,10 +147,7 @@ def test_scaled_rewards_are_clipped():
     assert scaled[0].tolist() == [10, -10, 0]
 
 
-LEAKS = pytest.mark.xfail(strict=True, reason="scale_rewards carries a reset step's reward on")
-
-
-@pytest.mark.parametrize("normalize_rewards", [False, pytest.param(True, marks=LEAKS)])
+@pytest.mark.parametrize("normalize_rewards", [False, True])
 def test_reset_steps_leak_nothing(normalize_rewards):
     """Junk in the rewards and actions of those steps changes no bit of a batch."""
     batches = []
