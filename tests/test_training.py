@@ -118,7 +118,7 @@ def test_what_cannot_work_is_refused_by_name(script, name, value, message, tmp_p
 
 
 def test_limits_of_arguments_work_themselves():
-    ppo.check_args(ppo.Args(num_envs=4, num_steps=8, num_minibatches=16, total_timesteps=32))
+    ppo.check_args(ppo.Args(num_envs=4, num_steps=8, num_minibatches=8, total_timesteps=32))
     ppo.check_args(ppo.Args(gamma=0.0, gae_lambda=1.0, seed=0))
     ppo.check_args(ppo.Args(gamma=1.0, gae_lambda=0.0, num_envs=1, num_minibatches=1))
 
