@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -40,24 +40,21 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    vectorization_mode: Literal["sync", "async"] | None = None  # None: Gymnasium's choice
-    normalize_observations: bool = False  # scale observations to mean 0 and deviation 1
+    normalize_observations: bool = True  # to mean 0 and deviation 1, unless Discrete
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
     num_steps: int = 128  # steps of each environment in a rollout
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
-    norm_adv: bool = True  # scale advantages to mean 0 and deviation 1
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
     learning_rate: float = 5e-3  # Adam's learning rate
     update_epochs: int = 6  # epochs over each rollout
     num_minibatches: int = 4  # minibatches in an epoch
     clip_coef: float = 0.2  # eps of the clipped objective
-    clip_vloss: bool = False  # clip the value function's change, too
     vf_coef: float = 0.5  # weight of the value loss
-    ent_coef: float = 0.01  # weight of the entropy bonus
+    ent_coef: float = 0.03  # weight of the entropy bonus
     target_kl: float | None = None  # no more epochs once the KL to the old policy is larger
 
 
@@ -65,52 +62,38 @@ class ArgumentError(ValueError):
     """An argument that cannot work."""
 
 
-def check_args(args: Args) -> Args:
-    """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
-    values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
-    for field in fields(Args):
-        lowest = {"seed": 0, "num_steps": 2}.get(field.name, 1)
-        if field.type is int and values[field.name] < lowest:
-            raise ArgumentError(f"{field.name} = {values[field.name]}: must be at least {lowest}")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= values[name] <= 1:
-            raise ArgumentError(f"{name} = {values[name]}: must be from 0 to 1")
-    if args.total_timesteps < args.num_envs * args.num_steps:
-        raise ArgumentError(f"total_timesteps = {args.total_timesteps}: less than one rollout")
-    if 2 * args.num_minibatches > args.num_envs * (args.num_steps // 2):  # half may be resets
+def check_args(args: Args) -> None:
+    """Raises for what would go wrong silently or late."""
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.type is int and field.name != "seed" and value < 1:
+            raise ArgumentError(f"{field.name} = {value}: must be at least 1")
+        if field.name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
+            raise ArgumentError(f"{field.name} = {value}: must be from 0 to 1")
+    if 4 * args.num_minibatches > args.num_envs * args.num_steps:
         raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
-    if args.resume and not Path(args.resume).is_file():
-        raise ArgumentError(f"resume = {args.resume}: no such file")
-    try:
-        torch.zeros(1, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        raise ArgumentError(f"device = {args.device}: {error}") from error
-    return Args(**values)
 
 
 def make_envs(args: Args, num_envs: int) -> VectorEnv:
     """Environments with flat observations. They clip continuous actions to their bounds."""
-    try:
-        envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode)
-    except (gym.error.Error, ImportError) as error:
-        raise ArgumentError(f"env_id = {args.env_id}: {error}") from error
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+    envs = gym.make_vec(args.env_id, num_envs)
+    if envs.metadata["autoreset_mode"] != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
+    obs_space = envs.single_observation_space
+    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
+        envs = wrappers.FlattenObservation(envs)
+
     space: Any = envs.action_space  # of all environments together
     continuous = isinstance(space, gym.spaces.Box) and space.dtype in (np.float32, np.float64)
     if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        # The agent knows no bounds, and counts its actions from 0.
         if continuous:
-            return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+            return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
 
-    obs_space = envs.single_observation_space
-    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
-        envs = wrappers.FlattenObservation(envs)
-    return wrappers.TransformAction(envs, to_space)
+    return wrappers.RecordEpisodeStatistics(wrappers.TransformAction(envs, to_space))
 
 
 def mlp(num_inputs: int, num_outputs: int, output_gain: float) -> nn.Sequential:
@@ -133,20 +116,21 @@ class RunningMeanStd(nn.Module):
 
     def __init__(self, num_features: int):
         super().__init__()
-        self.mean: Tensor = nn.Buffer(torch.zeros(num_features, dtype=torch.float64))
-        self.var: Tensor = nn.Buffer(torch.ones(num_features, dtype=torch.float64))
-        self.count: Tensor = nn.Buffer(torch.zeros(1, dtype=torch.float64))
+        self.mean: Tensor = nn.Buffer(torch.zeros(num_features).double())
+        self.var: Tensor = nn.Buffer(torch.ones(num_features).double())
+        self.count: Tensor = nn.Buffer(torch.zeros(1).double())
 
     def update(self, rows: Tensor) -> None:
         """Adds rows (M, num_features)."""
         gathered: list = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, rows)
-        rows = torch.cat(gathered).to(self.mean)
+        rows = torch.cat(gathered)
         self.count += len(rows)
         weight = len(rows) / self.count
-        delta = rows.mean(0) - self.mean
+        delta = rows.double().mean(0) - self.mean
         self.mean += weight * delta
-        self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
+        var = rows.double().var(0, correction=0)
+        self.var += weight * (var - self.var + (1 - weight) * delta**2)
 
 
 class Agent(nn.Module):
@@ -201,57 +185,26 @@ class Rollout(NamedTuple):
     action, and is not valid as training data.
     """
 
-    obs: np.ndarray  # (T + 1, N, D): obs[t + 1] follows actions[t], also at an episode's end
+    valid: np.ndarray  # (T, N), bool
+    obs: np.ndarray  # (T, N, D)
     actions: np.ndarray  # (T, N) or (T, N, A), as sampled
-    rewards: np.ndarray  # (T, N), float32
+    next_obs: np.ndarray  # (T, N, D): the observation after actions[t], also at an episode's end
+    rewards: np.ndarray  # (T, N)
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
-    valid: np.ndarray  # (T, N), bool
-    episode_returns: list[float]  # of the episodes that ended
 
 
-def collect_rollout(agent: Agent, envs: VectorEnv, obs_0, done, episode_return, num_steps: int):
-    """Steps on from the observations obs_0 (N, D). Returns a Rollout.
-
-    done (N,) marks environments to reset. episode_return (N,), the sum of each episode's rewards
-    so far, is updated in place.
-    """
-    obs = np.zeros((num_steps + 1, *obs_0.shape), obs_0.dtype)
-    actions = []
-    rewards = np.zeros((num_steps, len(done)), np.float32)
-    terminations = np.zeros_like(rewards, bool)
-    truncations = np.zeros_like(rewards, bool)
-    valid = np.zeros_like(rewards, bool)
-    episode_returns: list[float] = []
-
-    obs[0] = obs_0
-    for t in range(num_steps):
-        valid[t] = ~done
-        actions.append(agent.act(obs[t]))
-        obs[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(actions[t])
-        done = terminations[t] | truncations[t]
-        episode_return += rewards[t] * valid[t]
-        episode_returns.extend(episode_return[done])
-        episode_return[done] = 0
-    return Rollout(
-        obs, np.stack(actions), rewards, terminations, truncations, valid, episode_returns
-    )
-
-
-def scale_rewards(agent: Agent, rollout: Rollout, gamma: float) -> np.ndarray:
-    """Divides rewards by the running deviation of their discounted sums since each episode began.
-
-    The sums also begin with each rollout. They end at a time limit, unlike in NormalizeReward.
-    """
-    sums = np.zeros_like(rollout.rewards)
-    carry = np.zeros_like(rollout.rewards[0])
-    for t in range(len(sums)):
-        sums[t] = rollout.rewards[t] + gamma * carry
-        ended = rollout.terminations[t] | rollout.truncations[t]
-        carry = sums[t] * (rollout.valid[t] & ~ended)
-    agent.return_stats.update(torch.as_tensor(sums[rollout.valid].reshape(-1, 1)))
-    std = agent.return_stats.var.sqrt().item()
-    return (rollout.rewards / (std + 1e-8)).clip(-10, 10)
+def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, num_steps: int) -> Rollout:
+    """Steps on from the observations obs (N, D). done (N,) marks environments to reset."""
+    steps = []
+    obs = obs.copy()  # some environments reuse the arrays that they return
+    for _ in range(num_steps):
+        actions = agent.act(obs)
+        results = [x.copy() for x in envs.step(actions)[:4]]
+        steps.append(Rollout(~done, obs, actions, *results))
+        obs = steps[-1].next_obs
+        done = steps[-1].terminations | steps[-1].truncations
+    return Rollout(*(np.stack(column) for column in zip(*steps)))
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
@@ -285,22 +238,24 @@ class Batch(NamedTuple):
 
     obs: Tensor  # (M, D)
     actions: Tensor  # (M,) or (M, A)
-    values: Tensor  # (M,): V(s) before the update
     advantages: Tensor  # (M,)
     returns: Tensor  # (M,): targets of V(s)
 
 
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Returns the valid steps, with values, advantages and returns."""
-    rewards = rollout.rewards
-    if args.normalize_rewards:
-        rewards = scale_rewards(agent, rollout, args.gamma)
+    """Returns the valid steps, with advantages and returns."""
+    obs = np.concatenate([rollout.obs, rollout.next_obs[-1:]])
     with torch.no_grad():
-        values = agent.value(rollout.obs).cpu().numpy()
-    advantages, returns = compute_gae(
-        rewards, values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda
-    )
-    columns = (rollout.obs[:-1], rollout.actions, values[:-1], advantages, returns)
+        values = agent.value(obs).cpu().numpy()
+    rewards = rollout.rewards.astype(np.float32)
+    ends = (rollout.terminations, rollout.truncations)
+    if args.normalize_rewards:
+        # Discounted sums of rewards until the episode or the rollout ends
+        _, sums = compute_gae(rewards, 0 * values, *ends, args.gamma, 1.0)
+        agent.return_stats.update(torch.as_tensor(sums[rollout.valid, None]))
+        rewards /= agent.return_stats.var.sqrt().item() + 1e-8
+    advantages, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
+    columns = (rollout.obs, rollout.actions, advantages, returns)
     return Batch(*(torch.as_tensor(x[rollout.valid], device=args.device) for x in columns))
 
 
@@ -318,25 +273,16 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     for _ in range(args.update_epochs):
         for rows in torch.randperm(len(batch.obs)).tensor_split(args.num_minibatches):
             mb = Batch(*(column[rows] for column in batch))
-            advantages = mb.advantages
-            if args.norm_adv:
-                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
+            advantages = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
             policy = agent.policy(mb.obs)
             log_ratio = policy.log_prob(mb.actions) - old_log_probs[rows]
             ratio = log_ratio.exp()
             clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-
-            values = agent.value(mb.obs)
-            errors = (values - mb.returns) ** 2
-            if args.clip_vloss:
-                change = (values - mb.values).clamp(-args.clip_coef, args.clip_coef)
-                errors = torch.max(errors, (mb.values + change - mb.returns) ** 2)
-            value_loss = 0.5 * errors.mean()
-
+            value_loss = 0.5 * ((agent.value(mb.obs) - mb.returns) ** 2).mean()
             entropy = policy.entropy().mean()
             loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+
             optimizer.zero_grad()
             loss.backward()
             gradients: list = [parameter.grad for parameter in agent.parameters()]
@@ -347,17 +293,17 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
         with torch.no_grad():
             approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
             approx_kl = average(approx_kl)  # so that all processes stop after the same epoch
-            clipfrac = (ratio != clipped_ratio).float().mean()
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
 
-    unexplained = (batch.returns - batch.values).var() / (batch.returns.var() + 1e-8)
+    # The advantages are the errors of the values that the returns came from.
+    unexplained = batch.advantages.var() / (batch.returns.var() + 1e-8)
     return {
         "losses/policy_loss": policy_loss.item(),
         "losses/value_loss": value_loss.item(),
         "losses/entropy": entropy.item(),
         "losses/approx_kl": approx_kl.item(),
-        "losses/clipfrac": clipfrac.item(),
+        "losses/clipfrac": (ratio != clipped_ratio).float().mean().item(),
         "losses/explained_variance": 1 - unexplained.item(),
     }
 
@@ -403,23 +349,22 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores the agent and the optimizers from a checkpoint. Returns its global_step."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["agent_config"] != agent.config:
-        raise ArgumentError(f"resume = {path}: its agent is {checkpoint['agent_config']}")
     agent.load_state_dict(checkpoint["agent"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(state)
     return checkpoint["global_step"]
 
 
-def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
+def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # of the whole process: networks this small gain nothing from more
+    one_hot = isinstance(envs.unwrapped.single_observation_space, gym.spaces.Discrete)
     agent = Agent(
         num_inputs=gym.spaces.flatdim(envs.single_observation_space),
         num_actions=gym.spaces.flatdim(envs.single_action_space),
         continuous=isinstance(envs.single_action_space, gym.spaces.Box),
-        normalize=args.normalize_observations,
+        normalize=args.normalize_observations and not one_hot,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
     global_step = 0
@@ -431,7 +376,6 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
     torch.manual_seed(args.seed + global_step)
     obs, _ = envs.reset(seed=args.seed + global_step)
     done = np.zeros(args.num_envs, bool)
-    episode_return = np.zeros(args.num_envs)
     progress = tqdm(
         total=args.total_timesteps, initial=global_step, unit=" steps", disable=dist.get_rank() > 0
     )
@@ -447,31 +391,28 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
             optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
 
         # Collect experience and learn from it
-        rollout = collect_rollout(agent, envs, obs, done, episode_return, args.num_steps)
-        obs = rollout.obs[-1]
+        rollout = collect_rollout(agent, envs, obs, done, args.num_steps)
+        obs = rollout.next_obs[-1]
         done = rollout.terminations[-1] | rollout.truncations[-1]
         batch = estimate_advantages(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
         agent.obs_stats.update(batch.obs)  # after learning, which needs the inputs that acting had
-        steps = len(batch.obs)
         # If one process has a number that is not finite, all have.
-        averages = average(torch.tensor([steps, *metrics.values()], device=args.device))
+        averages = average(torch.tensor([len(batch.obs), *metrics.values()], device=args.device))
         metrics = dict(zip(metrics, averages[1:].tolist()))
         steps = round(averages[0].item() * dist.get_world_size())
         global_step += steps
 
-        # Measure
-        metrics["global_step"] = global_step
-        metrics["charts/learning_rate"] = optimizers[0].param_groups[0]["lr"]
-        metrics["charts/SPS"] = steps / (time.perf_counter() - start)
-        if rollout.episode_returns:
-            metrics["charts/episodic_return"] = float(np.mean(rollout.episode_returns))
-            progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
+        # Record
         progress.update(steps)
+        metrics["charts/SPS"] = steps / (time.perf_counter() - start)
+        metrics["charts/learning_rate"] = fraction * optimizers[0].defaults["lr"]
+        metrics["global_step"] = global_step
+        if envs.return_queue:
+            metrics["charts/episodic_return"] = float(np.mean(envs.return_queue))
+            progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"not finite: {metrics}")
-
-        # Record
         if dist.get_rank() > 0:
             continue
         log(metrics, run_dir, wandb_run)
@@ -479,6 +420,7 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
             save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
     progress.close()
     envs.close()
+
     if dist.get_rank() > 0:
         return 0.0
     score = evaluate(agent, args)
@@ -489,14 +431,16 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
 
 def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
-    args = check_args(args)
+    check_args(args)
+    args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
+    args = Args(**json.loads(args_json))  # without NumPy scalars
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
     if dist.get_rank() > 0:
         return learn(args, envs, run_dir)
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
+    (run_dir / "args.json").write_text(args_json)
     if not args.track:
         return learn(args, envs, run_dir)
     import wandb
@@ -518,7 +462,7 @@ if __name__ == "__main__":
         torch.cuda.set_device(dist.get_node_local_rank())
     try:
         train(tyro.cli(Args))
-    except ArgumentError as error:
+    except (ArgumentError, gym.error.Error, ImportError, OSError) as error:
         sys.exit(str(error))
     finally:
         dist.destroy_process_group()

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -38,8 +38,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    vectorization_mode: Literal["sync", "async"] | None = None  # None: Gymnasium's choice
-    normalize_observations: bool = False  # scale observations to mean 0 and deviation 1
+    normalize_observations: bool = True  # to mean 0 and deviation 1, unless Discrete
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 200_000  # steps of all environments together
@@ -54,47 +53,36 @@ class ArgumentError(ValueError):
     """An argument that cannot work."""
 
 
-def check_args(args: Args) -> Args:
-    """Returns a copy without NumPy scalars. Raises for what would go wrong silently or late."""
-    values = {k: v.item() if isinstance(v, np.generic) else v for k, v in vars(args).items()}
-    for field in fields(Args):
-        lowest = 0 if field.name == "seed" else 1
-        if field.type is int and values[field.name] < lowest:
-            raise ArgumentError(f"{field.name} = {values[field.name]}: must be at least {lowest}")
+def check_args(args: Args) -> None:
+    """Raises for what would go wrong silently or late."""
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.type is int and field.name != "seed" and value < 1:
+            raise ArgumentError(f"{field.name} = {value}: must be at least 1")
     if not 0 <= args.gamma <= 1:
         raise ArgumentError(f"gamma = {args.gamma}: must be from 0 to 1")
-    if args.resume and not Path(args.resume).is_file():
-        raise ArgumentError(f"resume = {args.resume}: no such file")
-    try:
-        torch.zeros(1, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        raise ArgumentError(f"device = {args.device}: {error}") from error
-    return Args(**values)
 
 
 def make_envs(args: Args, num_envs: int) -> VectorEnv:
     """Environments with flat observations. They clip continuous actions to their bounds."""
-    try:
-        envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode)
-    except (gym.error.Error, ImportError) as error:
-        raise ArgumentError(f"env_id = {args.env_id}: {error}") from error
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+    envs = gym.make_vec(args.env_id, num_envs)
+    if envs.metadata["autoreset_mode"] != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
+    obs_space = envs.single_observation_space
+    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
+        envs = wrappers.FlattenObservation(envs)
+
     space: Any = envs.action_space  # of all environments together
     continuous = isinstance(space, gym.spaces.Box) and space.dtype in (np.float32, np.float64)
     if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        # The agent knows no bounds, and counts its actions from 0.
         if continuous:
-            return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
+            return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
 
-    obs_space = envs.single_observation_space
-    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
-        envs = wrappers.FlattenObservation(envs)
-    return wrappers.TransformAction(envs, to_space)
+    return wrappers.RecordEpisodeStatistics(wrappers.TransformAction(envs, to_space))
 
 
 def mlp(num_inputs: int, num_outputs: int, output_gain: float) -> nn.Sequential:
@@ -111,22 +99,22 @@ class RunningMeanStd(nn.Module):
 
     def __init__(self, num_features: int):
         super().__init__()
-        self.mean: Tensor = nn.Buffer(torch.zeros(num_features, dtype=torch.float64))
-        self.var: Tensor = nn.Buffer(torch.ones(num_features, dtype=torch.float64))
-        self.count: Tensor = nn.Buffer(torch.zeros(1, dtype=torch.float64))
+        self.mean: Tensor = nn.Buffer(torch.zeros(num_features).double())
+        self.var: Tensor = nn.Buffer(torch.ones(num_features).double())
+        self.count: Tensor = nn.Buffer(torch.zeros(1).double())
 
     def update(self, rows: Tensor) -> None:
         """Adds rows (M, num_features)."""
-        rows = rows.to(self.mean)
         self.count += len(rows)
         weight = len(rows) / self.count
-        delta = rows.mean(0) - self.mean
+        delta = rows.double().mean(0) - self.mean
         self.mean += weight * delta
-        self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
+        var = rows.double().var(0, correction=0)
+        self.var += weight * (var - self.var + (1 - weight) * delta**2)
 
 
 class Agent(nn.Module):
-    """A policy for observations (..., num_inputs)."""
+    """A policy of observations (..., num_inputs)."""
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
@@ -168,35 +156,28 @@ class Agent(nn.Module):
 class Rollout(NamedTuple):
     """One whole episode in each of N environments. T is the length of the longest."""
 
+    valid: np.ndarray  # (T, N), bool: False after an episode's end
     obs: np.ndarray  # (T, N, D)
     actions: np.ndarray  # (T, N) or (T, N, A), as sampled
     rewards: np.ndarray  # (T, N), 0 after an episode's end
-    valid: np.ndarray  # (T, N), bool: False after an episode's end
-    episode_returns: list[float]  # (N,)
 
 
 def collect_rollout(agent: Agent, envs: VectorEnv, args: Args) -> Rollout:
     """Plays one episode in each environment."""
-    next_obs, _ = envs.reset()
+    obs, _ = envs.reset()
+    obs = obs.copy()  # some environments reuse the arrays that they return
     done = np.zeros(args.num_envs, bool)
-    obs: list[np.ndarray] = []
-    actions: list[np.ndarray] = []
-    rewards: list[np.ndarray] = []
-    valid: list[np.ndarray] = []
+    steps: list[Rollout] = []
     while not done.all():
-        if len(obs) * args.num_envs >= args.total_timesteps:
+        if len(steps) * args.num_envs >= args.total_timesteps:
             raise ArgumentError(f"env_id = {args.env_id}: episodes outlast total_timesteps")
-        obs.append(next_obs.copy())
-        actions.append(agent.act(next_obs))
-        next_obs, reward, termination, truncation, _ = envs.step(actions[-1])
+        actions = agent.act(obs)
+        next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
         # Environments that are done go on until all are, but those steps do not count.
-        rewards.append(np.where(done, 0.0, reward))
-        valid.append(~done)
-        done = done | termination | truncation
-    episode_returns = np.sum(rewards, axis=0).tolist()
-    return Rollout(
-        np.stack(obs), np.stack(actions), np.stack(rewards), np.stack(valid), episode_returns
-    )
+        steps.append(Rollout(~done, obs, actions, np.where(done, 0.0, rewards)))
+        obs = next_obs
+        done = done | terminations | truncations
+    return Rollout(*(np.stack(column) for column in zip(*steps)))
 
 
 class Batch(NamedTuple):
@@ -208,7 +189,7 @@ class Batch(NamedTuple):
 
 
 def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Adds the discounted returns to the valid steps."""
+    """Returns the valid steps, with their discounted returns."""
     returns = np.zeros_like(rollout.rewards)
     following = 0.0
     for t in reversed(range(len(returns))):
@@ -285,23 +266,22 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores the agent and the optimizers from a checkpoint. Returns its global_step."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["agent_config"] != agent.config:
-        raise ArgumentError(f"resume = {path}: its agent is {checkpoint['agent_config']}")
     agent.load_state_dict(checkpoint["agent"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(state)
     return checkpoint["global_step"]
 
 
-def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
+def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # of the whole process: networks this small gain nothing from more
+    one_hot = isinstance(envs.unwrapped.single_observation_space, gym.spaces.Discrete)
     agent = Agent(
         num_inputs=gym.spaces.flatdim(envs.single_observation_space),
         num_actions=gym.spaces.flatdim(envs.single_action_space),
         continuous=isinstance(envs.single_action_space, gym.spaces.Box),
-        normalize=args.normalize_observations,
+        normalize=args.normalize_observations and not one_hot,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
     global_step = 0
@@ -329,23 +309,21 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
         steps = len(batch.obs)
         global_step += steps
 
-        # Measure
-        metrics["global_step"] = global_step
-        metrics["charts/learning_rate"] = optimizers[0].param_groups[0]["lr"]
-        metrics["charts/SPS"] = steps / (time.perf_counter() - start)
-        if rollout.episode_returns:
-            metrics["charts/episodic_return"] = float(np.mean(rollout.episode_returns))
-            progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
+        # Record
         progress.update(steps)
+        metrics["charts/SPS"] = steps / (time.perf_counter() - start)
+        metrics["charts/learning_rate"] = fraction * optimizers[0].defaults["lr"]
+        metrics["global_step"] = global_step
+        metrics["charts/episodic_return"] = float(rollout.rewards.sum(0).mean())
+        progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"not finite: {metrics}")
-
-        # Record
         log(metrics, run_dir, wandb_run)
         if iteration % args.save_interval == 0 or global_step >= args.total_timesteps:
             save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
     progress.close()
     envs.close()
+
     score = evaluate(agent, args)
     log({"global_step": global_step, "eval/episodic_return": score}, run_dir, wandb_run)
     print(f"{run_dir}: mean return of {args.eval_episodes} greedy episodes: {score:.1f}")
@@ -354,12 +332,14 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
 
 def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
-    args = check_args(args)
+    check_args(args)
+    args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
+    args = Args(**json.loads(args_json))  # without NumPy scalars
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
+    (run_dir / "args.json").write_text(args_json)
     if not args.track:
         return learn(args, envs, run_dir)
     import wandb
@@ -378,5 +358,5 @@ def train(args: Args) -> float:
 if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
-    except ArgumentError as error:
+    except (ArgumentError, gym.error.Error, ImportError, OSError) as error:
         sys.exit(str(error))

@@ -180,15 +180,14 @@ def start(script, env_id, **wanted):
     run = SimpleNamespace(args=args, envs=envs, agent=agent)
     run.optimizers = script.make_optimizers(agent, args)
     run.obs, _ = envs.reset(seed=args.seed)
-    run.done, run.returns = np.zeros(args.num_envs, bool), np.zeros(args.num_envs)
+    run.done = np.zeros(args.num_envs, bool)
 
     def collect():
         if script is reinforce:
             return script.collect_rollout(agent, envs, args)
-        rollout = script.collect_rollout(
-            agent, envs, run.obs, run.done, run.returns, args.num_steps
-        )
-        run.obs, run.done = rollout.obs[-1], rollout.terminations[-1] | rollout.truncations[-1]
+        rollout = script.collect_rollout(agent, envs, run.obs, run.done, args.num_steps)
+        run.obs = rollout.next_obs[-1]
+        run.done = rollout.terminations[-1] | rollout.truncations[-1]
         return rollout
 
     estimate = script.compute_returns if script is reinforce else script.estimate_advantages

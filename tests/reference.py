@@ -86,11 +86,6 @@ def gae(rewards, values, terminated, gamma, gae_lambda):
     )
 
 
-def discounted_sums(rewards, gamma):
-    """For each step of one episode, (T,): the rewards before it, gamma smaller for each step."""
-    return discounted_returns(rewards[::-1], gamma)[::-1]
-
-
 def scale_observations(obs, seen):
     """Scaled by mean and deviation of all observations seen before, (K, D)."""
     return np.clip((obs - np.mean(seen, 0)) / np.sqrt(np.var(seen, 0) + 1e-8), -10, 10)
@@ -102,20 +97,15 @@ def reinforce_loss(parameters, batch, num_episodes):
     return -(logs * batch.returns).sum() / num_episodes
 
 
-def vpg_loss(parameters, batch, norm_adv):
+def vpg_loss(parameters, batch):
     """-E[log pi(a|s) A]."""
-    advantages = standardize(batch.advantages) if norm_adv else batch.advantages
+    advantages = standardize(batch.advantages)
     return -np.mean(log_prob(policy_at(parameters, batch.obs), batch.actions) * advantages)
 
 
-def value_loss(parameters, batch, clip=None):
-    """Half the mean squared error of V, or of the worse of V and V moved by at most clip."""
-    values = values_at(parameters, batch.obs)
-    errors = (values - batch.returns) ** 2
-    if clip is not None:
-        near = np.clip(values, batch.values - clip, batch.values + clip)
-        errors = np.maximum(errors, (near - batch.returns) ** 2)
-    return 0.5 * errors.mean()
+def value_loss(parameters, batch):
+    """Half the mean squared error of V."""
+    return 0.5 * np.mean((values_at(parameters, batch.obs) - batch.returns) ** 2)
 
 
 def ratios(parameters, batch, old_parameters):
@@ -124,15 +114,15 @@ def ratios(parameters, batch, old_parameters):
     return np.exp(log_prob(policy_at(parameters, batch.obs), batch.actions) - old)
 
 
-def surrogate(parameters, batch, old_parameters, norm_adv):
+def surrogate(parameters, batch, old_parameters):
     """E[r A], which TRPO maximizes."""
-    advantages = standardize(batch.advantages) if norm_adv else batch.advantages
+    advantages = standardize(batch.advantages)
     return np.mean(ratios(parameters, batch, old_parameters) * advantages)
 
 
-def clipped_loss(parameters, batch, old_parameters, eps, norm_adv):
+def clipped_loss(parameters, batch, old_parameters, eps):
     """-E[min(r A, clip(r) A)]. Where A > 0 only r > 1 + eps is clipped, else only r < 1 - eps."""
-    advantages = standardize(batch.advantages) if norm_adv else batch.advantages
+    advantages = standardize(batch.advantages)
     r = ratios(parameters, batch, old_parameters)
     r = np.where(advantages > 0, np.minimum(r, 1 + eps), np.maximum(r, 1 - eps))
     return -np.mean(r * advantages)

@@ -18,25 +18,25 @@ both = pytest.mark.parametrize("env_id", ["Scripted-v0", "Reusing-v0"])
 def replay(rollouts):
     """Steps every environment by itself, with the actions that the rollouts recorded.
 
-    Yields (rollout's index, (rows, environment), steps, return) for what one rollout holds of
-    each episode. A step is (observation, reward, successor, terminated, truncated). The return is
-    None if the episode goes on. Environments of a vector have seeds one apart.
+    Yields (rollout's index, (rows, environment), steps) for what one rollout holds of each
+    episode. A step is (observation, reward, successor, terminated, truncated). Environments of a
+    vector have seeds one apart.
     """
     for number in range(3):
-        env, steps, total, resets = Scripted(), [], 0.0, False
+        env, steps, resets = Scripted(), [], False
         obs, _ = env.reset(seed=5 + number)
         for index, rollout in enumerate(rollouts):
             for t, actions in enumerate(rollout.actions):
                 if resets:
                     obs, _ = env.reset()
-                    total, resets = 0.0, False
+                    resets = False
                     continue
                 successor, reward, *ends, _ = env.step(actions[number])
                 steps.append((obs, reward, successor, *ends))
-                obs, total, resets = successor, total + reward, any(ends)
+                obs, resets = successor, any(ends)
                 if resets or t == 6:
                     rows = slice(t + 1 - len(steps), t + 1)
-                    yield index, (rows, number), steps, total if resets else None
+                    yield index, (rows, number), steps
                     steps = []
 
 
@@ -45,19 +45,16 @@ def test_rollouts_are_the_episodes_of_each_environment(env_id):
     """Reset steps are not valid. Observations that the environments write again were copied."""
     run = start(ppo, env_id, **SCRIPTED)
     rollouts = [run.collect() for _ in range(12)]
-    valid, ended, kinds = np.zeros((12, 7, 3), bool), [[] for _ in rollouts], set()
-    for index, rows, steps, total in replay(rollouts):
+    valid, kinds = np.zeros((12, 7, 3), bool), set()
+    for index, rows, steps in replay(rollouts):
         rollout, (obs, rewards, successors, *ends) = rollouts[index], zip(*steps)
         valid[index][rows] = True
-        np.testing.assert_array_equal(rollout.obs[:-1][rows], obs)
-        np.testing.assert_array_equal(rollout.obs[1:][rows], successors)
+        np.testing.assert_array_equal(rollout.obs[rows], obs)
+        np.testing.assert_array_equal(rollout.next_obs[rows], successors)
         np.testing.assert_array_equal(rollout.rewards[rows], rewards)
         np.testing.assert_array_equal([rollout.terminations[rows], rollout.truncations[rows]], ends)
         kinds.add((ends[0][-1], ends[1][-1]))
-        if total is not None:
-            ended[index].append(total)
     np.testing.assert_array_equal([rollout.valid for rollout in rollouts], valid)
-    assert [sorted(rollout.episode_returns) for rollout in rollouts] == [*map(sorted, ended)]
     assert kinds == {(True, False), (False, True), (True, True), (False, False)}
     assert not valid[1:, 0].all(), "no reset at a rollout's start"
 
@@ -79,7 +76,6 @@ def test_reinforce_collects_one_whole_episode_of_each_environment(env_id):
                 assert any(ends) == (t == length - 1)
             assert rollout.valid[:length, env].all()
             assert not rollout.rewards[length:, env].any()
-            assert rollout.episode_returns[env] == rollout.rewards[:, env].sum()
             lengths.append(length)
         assert len(rollout.obs) == max(lengths[-3:])
     assert len(set(lengths)) > 2
@@ -98,19 +94,19 @@ def test_estimates_are_those_of_one_episode_at_a_time(gae_lambda, normalize_rewa
         batches.append(run.estimate(rollouts[-1]))
     pieces, seen = [*replay(rollouts)], np.zeros(0)
     for index, (rollout, batch) in enumerate(zip(rollouts, batches)):
-        own = [(rows, [*zip(*steps)]) for i, rows, steps, _ in pieces if i == index]
+        own = [(rows, [*zip(*steps)]) for i, rows, steps in pieces if i == index]
         for _, (_, rewards, *_) in own:
-            seen = np.append(seen, reference.discounted_sums(rewards, 0.9))
+            seen = np.append(seen, reference.discounted_returns(rewards, 0.9))
+        scale = np.std(seen) if normalize_rewards else 1
         values, advantages = np.full((2, 7, 3), np.nan)
         for rows, (obs, rewards, successors, terminations, _) in own:
             with torch.no_grad():
                 known = run.agent.value(np.array([*obs, successors[-1]])).double().numpy()
-            scale = np.std(seen) if normalize_rewards else 1
-            scaled = np.clip(np.array(rewards) / scale, -10, 10) if normalize_rewards else rewards
+            scaled = np.array(rewards) / scale
             advantages[rows] = reference.gae(scaled, known, terminations[-1], 0.9, gae_lambda)
             values[rows] = known[:-1]
-        expected = [values, advantages, values + advantages]
-        np.testing.assert_array_equal(batch.obs, rollout.obs[:-1][rollout.valid])
+        expected = [advantages, values + advantages]
+        np.testing.assert_array_equal(batch.obs, rollout.obs[rollout.valid])
         np.testing.assert_array_equal(batch.actions, rollout.actions[rollout.valid])
         for actual, wanted in zip(batch[2:], expected, strict=True):
             assert actual.dtype == torch.float32
@@ -135,16 +131,6 @@ def test_returns_of_reinforce_are_those_of_one_episode_at_a_time(reward_to_go, n
         np.testing.assert_array_equal(batch.obs, rollout.obs[valid])
         np.testing.assert_array_equal(batch.actions, rollout.actions[valid])
         assert batch.returns.dtype == torch.float32
-
-
-def test_scaled_rewards_are_clipped():
-    run = start(ppo, "Scripted-v0", **SCRIPTED, gae_lambda=0.0)
-    rollout = run.collect()
-    rollout.rewards[:] = 0
-    rollout.rewards[:2, :] = [[1e3, -1e3, 0], [0, 0, 0]]
-    run.agent.return_stats.update(torch.zeros(10**6, 1))
-    scaled = ppo.scale_rewards(run.agent, rollout, 0.9)
-    assert scaled[0].tolist() == [10, -10, 0]
 
 
 @pytest.mark.parametrize("normalize_rewards", [False, True])
