@@ -28,14 +28,13 @@ ESTIMATES = 512  # at each policy
 TARGETS = [0, 50, 100, 200, 350, 475]  # returns at which policies are taken from one training
 BIAS_TARGET = 3  # which of them GAE's bias is measured at
 LAMBDAS = [0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0]
-PLAIN = {"norm_adv": False, "vf_epochs": 1}
 IDEAS = {
     "total return": (reinforce, {"reward_to_go": False}),
     "reward-to-go": (reinforce, {}),
-    "minus V(s)": (vpg, {**PLAIN, "gae_lambda": 1.0}),
-    "GAE, λ = 0.97": (vpg, {**PLAIN, "gae_lambda": 0.97}),
+    "minus V(s)": (vpg, {"gae_lambda": 1.0}),
+    "GAE, λ = 0.97": (vpg, {"gae_lambda": 0.97}),
 }
-GAES = {f"{value:g}": (vpg, {**PLAIN, "gae_lambda": value}) for value in LAMBDAS}
+GAES = {f"{value:g}": (vpg, {"gae_lambda": value}) for value in LAMBDAS}
 IDEA_COLORS = [COLORS["reinforce"], OTHER_COLORS[0], OTHER_COLORS[1], COLORS["vpg"]]
 
 
@@ -45,7 +44,9 @@ def take_policies(targets: list[int]) -> list[vpg.Agent]:
     estimate_advantages = vpg.estimate_advantages
 
     def watch(agent, rollout, args):
-        while len(found) < len(targets) and np.mean(rollout.episode_returns) >= targets[len(found)]:
+        episodes = (rollout.terminations | rollout.truncations).sum()
+        mean_return = rollout.valid.sum() / max(episodes, 1)  # each step pays 1
+        while len(found) < len(targets) and mean_return >= targets[len(found)]:
             found.append(copy.deepcopy(agent))
         return estimate_advantages(agent, rollout, args)
 
@@ -54,45 +55,47 @@ def take_policies(targets: list[int]) -> list[vpg.Agent]:
         contextlib.chdir(folder),
         patch.object(vpg, "estimate_advantages", watch),
     ):
-        vpg.train(vpg.Args(normalize_rewards=False, eval_episodes=1))
+        args = vpg.Args(normalize_observations=False, normalize_rewards=False, eval_episodes=1)
+        vpg.train(args)
     if len(found) < len(targets):
         raise RuntimeError(f"vpg.py never returned {targets[len(found)]} in a rollout")
     return found
 
 
 def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
-    """Estimates (ways, ESTIMATES, parameters) by the scripts' update, and the mean return.
+    """Estimates (ways, ESTIMATES, parameters) from the scripts' batches, and the mean return.
 
-    All ways see the same whole episodes and are scaled to the mean over episodes of the sum over
-    steps. Advantages are not normalized, gradients not clipped, parameters not changed.
+    All ways see the same whole episodes. Each estimate is the gradient of the mean over episodes
+    of sum log pi(a|s) A, where A is the advantage or the return.
     """
     width = 64
     envs = vpg.make_envs(vpg.Args(), width)
     envs.reset(seed=1)
-    optimizers = [torch.optim.SGD(net.parameters(), 0.0) for net in (agent.actor, agent.critic)]
+    parameters = list(agent.actor.parameters())
     estimates: list[list[np.ndarray]] = [[] for _ in ways]
     returns = []
     while len(estimates[0]) < ESTIMATES:
-        state = (envs.reset()[0], np.zeros(width, bool), np.zeros(width))
-        rollout = vpg.collect_rollout(agent, envs, *state, 500)  # the limit of an episode's length
+        obs, _ = envs.reset()
+        done = np.zeros(width, bool)
+        rollout = vpg.collect_rollout(agent, envs, obs, done, 500)  # the limit of an episode
         ends = rollout.terminations | rollout.truncations
         valid = np.cumsum(ends, axis=0) - ends == 0  # each environment's first episode
         rollout = rollout._replace(valid=valid, rewards=rollout.rewards * valid)
         returns.append(rollout.rewards.sum() / width)
         for first in range(0, width, EPISODES):
-            part = vpg.Rollout(*(x[:, first : first + EPISODES] for x in rollout[:-1]), [])
-            whole = reinforce.Rollout(part.obs[:-1], part.actions, part.rewards, part.valid, [])
-            settings = {"num_envs": EPISODES, "max_grad_norm": np.inf, "normalize_rewards": False}
+            part = vpg.Rollout(*(x[:, first : first + EPISODES] for x in rollout))
+            whole = reinforce.Rollout(part.valid, part.obs, part.actions, part.rewards)
             for results, (module, changes) in zip(estimates, ways.values()):
-                args = module.Args(**settings, **changes)
+                args = module.Args(normalize_rewards=False, **changes)
                 if module is reinforce:
-                    batch, scale = reinforce.compute_returns(agent, whole, args), 1.0
+                    batch = reinforce.compute_returns(agent, whole, args)
+                    weights = batch.returns
                 else:
                     batch = vpg.estimate_advantages(agent, part, args)
-                    scale = part.valid.sum() / EPISODES
-                module.update(agent, optimizers, batch, args)
-                gradient = parameters_to_vector([p.grad for p in agent.actor.parameters()])
-                results.append(scale * gradient.double().numpy())
+                    weights = batch.advantages
+                log_probs = agent.policy(batch.obs).log_prob(batch.actions)
+                gradient = torch.autograd.grad((log_probs * weights).sum() / EPISODES, parameters)
+                results.append(parameters_to_vector(gradient).double().numpy())
     return np.array(estimates), float(np.mean(returns))
 
 

@@ -33,10 +33,10 @@ from common import RESULTS, ROOT, about, table
 from peers import LASTING
 
 # CleanRL's hyperparameters, all written out, so that they do not change with our defaults
-SAME = "--vectorization-mode sync --gamma 0.99 --no-normalize-observations --no-normalize-rewards"
-PPO = f"{SAME} --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-vloss"
+SAME = "--gamma 0.99 --no-normalize-observations --no-normalize-rewards"
+PPO = f"{SAME} --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4"
 PPO += " --learning-rate 2.5e-4 --gae-lambda 0.95 --clip-coef 0.2 --ent-coef 0.01 --vf-coef 0.5"
-PPO += " --max-grad-norm 0.5 --anneal-lr --norm-adv"
+PPO += " --max-grad-norm 0.5 --anneal-lr"
 TRPO = f"{SAME} --num-envs 4 --num-steps 128 --gae-lambda 0.95 --cg-iterations 15 --vf-epochs 10"
 TRPO += " --vf-learning-rate 1e-3 --no-anneal-lr --target-kl 0.01 --cg-damping 0.1"
 VPG = f"{SAME} --num-envs 8 --num-steps 128 --gae-lambda 0.97 --vf-epochs 10 --no-anneal-lr"
@@ -79,7 +79,13 @@ def programs(options: Train) -> dict[str, list[str]]:
         first = str(options.first.resolve())
         found["ppo.py, first edition"] = ["ours", first, *PPO.split(), *steps]
     if options.cleanrl:
-        found["CleanRL PPO"] = ["cleanrl", str(options.cleanrl.resolve()), "--no-cuda", *steps]
+        found["CleanRL PPO"] = [
+            "cleanrl",
+            str(options.cleanrl.resolve()),
+            "--no-cuda",
+            "--no-clip-vloss",
+            *steps,
+        ]
     return found | {
         "Stable-Baselines3 PPO": ["sb3_ppo", count],
         "rlox PPO": ["rlox_ppo", count],
@@ -260,7 +266,7 @@ def timed_run(args) -> dict[str, float]:
         ppo.train(args)
 
     agent, steps = kept["agent"], kept["progress"].n
-    envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode)
+    envs = gym.make_vec(args.env_id, args.num_envs)
     obs = torch.as_tensor(envs.reset(seed=1)[0])
     actions = envs.action_space.sample()
     rows = args.num_envs * args.num_steps // args.num_minibatches
