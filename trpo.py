@@ -74,7 +74,7 @@ def check_args(args: Args) -> None:
 def make_envs(args: Args, num_envs: int) -> VectorEnv:
     """Environments with flat observations. They clip continuous actions to their bounds."""
     envs = gym.make_vec(args.env_id, num_envs)
-    if envs.metadata["autoreset_mode"] != gym.vector.AutoresetMode.NEXT_STEP:
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
     if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):

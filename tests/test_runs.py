@@ -185,6 +185,15 @@ def test_a_trained_policy_acts_elsewhere(env_id, monkeypatch):
     assert agent.act(obs[0]).shape == many[0].shape
 
 
+@pytest.mark.parametrize("env_id, normalized", [("Steady-v0", True), ("Discrete-v0", False)])
+def test_observations_are_normalized_unless_they_are_one_hot(env_id, normalized, monkeypatch):
+    agents = []
+    spy(monkeypatch, ppo, "evaluate", lambda agent, _: agents.append(agent))
+    for wanted in (True, False):
+        ppo.train(arguments(ppo, env_id, **SMALL | {"normalize_observations": wanted}))
+    assert [agent.normalize for agent in agents] == [normalized, False]
+
+
 def evaluate(script, env_id, prepare=id, **wanted):
     run = start(script, env_id, **wanted)
     prepare(run.agent)
