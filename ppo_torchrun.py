@@ -30,7 +30,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # seed of parameters, actions and environments
-    device: str = "cpu"  # where the networks are: cpu or cuda
+    device: str = "cpu"  # device of the networks: cpu or cuda
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
@@ -40,7 +40,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1, unless Discrete
+    normalize_observations: bool = True  # to mean 0 and deviation 1. Discrete ones stay one-hot
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
@@ -49,13 +49,13 @@ class Args:
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
-    learning_rate: float = 5e-3  # Adam's learning rate
+    learning_rate: float = 2.5e-3  # Adam's learning rate
     update_epochs: int = 6  # epochs over each rollout
-    num_minibatches: int = 4  # minibatches in an epoch
+    num_minibatches: int = 8  # minibatches in an epoch
     clip_coef: float = 0.2  # eps of the clipped objective
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.03  # weight of the entropy bonus
-    target_kl: float | None = None  # no more epochs once the KL to the old policy is larger
+    target_kl: float | None = None  # stop the epochs once the KL divergence is larger
 
 
 class ArgumentError(ValueError):
@@ -63,19 +63,20 @@ class ArgumentError(ValueError):
 
 
 def check_args(args: Args) -> None:
-    """Raises for what would go wrong silently or late."""
+    """Raises ArgumentError for what would go wrong silently or late."""
     for field in fields(args):
         value = getattr(args, field.name)
         if field.type is int and field.name != "seed" and value < 1:
             raise ArgumentError(f"{field.name} = {value}: must be at least 1")
         if field.name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
             raise ArgumentError(f"{field.name} = {value}: must be from 0 to 1")
-    if 4 * args.num_minibatches > args.num_envs * args.num_steps:
+    # Half of the steps may be resets, and the deviation needs 2 rows in a minibatch.
+    if 2 * args.num_minibatches > args.num_envs * (args.num_steps // 2):
         raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
 
 
 def make_envs(args: Args, num_envs: int) -> VectorEnv:
-    """Environments with flat observations. They clip continuous actions to their bounds."""
+    """Environments with flat observations. Actions may be out of bounds, and are clipped."""
     envs = gym.make_vec(args.env_id, num_envs)
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
@@ -89,6 +90,7 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
+        # The policy knows no bounds, and counts its actions from 0.
         if continuous:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
@@ -106,7 +108,7 @@ def mlp(num_inputs: int, num_outputs: int, output_gain: float) -> nn.Sequential:
 
 
 def average(x: Tensor) -> Tensor:
-    """The mean over all processes."""
+    """The mean over all processes. Overwrites x."""
     dist.all_reduce(x)
     return x / dist.get_world_size()
 
@@ -121,20 +123,23 @@ class RunningMeanStd(nn.Module):
         self.count: Tensor = nn.Buffer(torch.zeros(1).double())
 
     def update(self, rows: Tensor) -> None:
-        """Adds rows (M, num_features)."""
+        """Adds rows (M, num_features) of all processes."""
         gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, rows)
-        rows = torch.cat(gathered)
+        dist.all_gather_object(gathered, rows.cpu())
+        rows = torch.cat(gathered).to(self.mean)
         self.count += len(rows)
         weight = len(rows) / self.count
-        delta = rows.double().mean(0) - self.mean
+        delta = rows.mean(0) - self.mean
         self.mean += weight * delta
-        var = rows.double().var(0, correction=0)
-        self.var += weight * (var - self.var + (1 - weight) * delta**2)
+        # The mean of both variances, and what lies between both means
+        self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
 
 
 class Agent(nn.Module):
-    """A policy and a value function of observations (..., num_inputs)."""
+    """A policy and a value function of observations (..., num_inputs).
+
+    num_actions is the number of discrete actions, or the dimension of continuous ones.
+    """
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
@@ -142,11 +147,11 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # to scale rewards, here for the checkpoint
+        self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
         self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
         self.critic = mlp(num_inputs, 1, output_gain=1.0)
         if continuous:
-            # The actor's, so that actor.parameters() are all of the policy's.
+            # In the actor, so that actor.parameters() is the whole policy.
             self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
 
     def inputs(self, obs) -> Tensor:
@@ -159,8 +164,8 @@ class Agent(nn.Module):
 
     def policy(self, obs) -> Distribution:
         """pi(a|s) at each observation."""
-        # Validating a distribution takes almost as long as the network does.
         outputs = self.actor(self.inputs(obs))
+        # Not validated, because that takes almost as long as the network does.
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
             return Independent(Normal(outputs, std, validate_args=False), 1)
@@ -185,7 +190,7 @@ class Rollout(NamedTuple):
     action, and is not valid as training data.
     """
 
-    valid: np.ndarray  # (T, N), bool
+    valid: np.ndarray  # (T, N), bool: False where the step only resets
     obs: np.ndarray  # (T, N, D)
     actions: np.ndarray  # (T, N) or (T, N, A), as sampled
     next_obs: np.ndarray  # (T, N, D): the observation after actions[t], also at an episode's end
@@ -195,15 +200,15 @@ class Rollout(NamedTuple):
 
 
 def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, num_steps: int) -> Rollout:
-    """Steps on from the observations obs (N, D). done (N,) marks environments to reset."""
-    steps = []
+    """Steps on from obs (N, D). done (N,) marks environments that the first step only resets."""
+    steps = []  # each a Rollout without the axis T
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
-        results = [x.copy() for x in envs.step(actions)[:4]]
-        steps.append(Rollout(~done, obs, actions, *results))
-        obs = steps[-1].next_obs
-        done = steps[-1].terminations | steps[-1].truncations
+        next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
+        steps.append(Rollout(~done, obs, actions, next_obs, rewards, terminations, truncations))
+        obs = next_obs
+        done = terminations | truncations
     return Rollout(*(np.stack(column) for column in zip(*steps)))
 
 
@@ -218,7 +223,7 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
     advantages = np.zeros_like(rewards)
     last_gae = np.zeros_like(values[-1])
     for t in reversed(range(len(rewards))):
-        # After a termination there is no value. After a truncation there is, but the sum is cut.
+        # After a termination the value is 0. After a truncation it counts, but the sum is cut.
         delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
         done = terminations[t] | truncations[t]
         last_gae = delta + gamma * gae_lambda * last_gae * ~done
@@ -228,7 +233,7 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
 
 
 try:
-    from gae_kernel import compute_gae  # the same in Rust, bit for bit
+    from gae_kernel import compute_gae  # the same in Rust (gae_kernel/), bit for bit
 except ImportError:
     compute_gae = compute_gae_python
 
@@ -250,9 +255,9 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     rewards = rollout.rewards.astype(np.float32)
     ends = (rollout.terminations, rollout.truncations)
     if args.normalize_rewards:
-        # Discounted sums of rewards until the episode or the rollout ends
-        _, sums = compute_gae(rewards, 0 * values, *ends, args.gamma, 1.0)
-        agent.return_stats.update(torch.as_tensor(sums[rollout.valid, None]))
+        # With values of 0 and lambda = 1, GAE's returns are the discounted sums of rewards.
+        _, sums = compute_gae(rewards, np.zeros_like(values), *ends, args.gamma, 1.0)
+        agent.return_stats.update(torch.as_tensor(sums[rollout.valid][:, None]))
         rewards /= agent.return_stats.var.sqrt().item() + 1e-8
     advantages, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
     columns = (rollout.obs, rollout.actions, advantages, returns)
@@ -260,12 +265,12 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """A single one for the policy and the value function."""
+    """A list with one for both the policy and the value function."""
     return [torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)]
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Several epochs of minibatch steps. Returns metrics, the losses of the last minibatch."""
+    """Several epochs of minibatch steps. Returns metrics, most of them of the last minibatch."""
     optimizer = optimizers[0]
     with torch.no_grad():
         old_log_probs = agent.policy(batch.obs).log_prob(batch.actions)
@@ -296,7 +301,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
 
-    # The advantages are the errors of the values that the returns came from.
+    # The advantages are the errors of the old values: returns = advantages + values.
     unexplained = batch.advantages.var() / (batch.returns.var() + 1e-8)
     return {
         "losses/policy_loss": policy_loss.item(),
@@ -309,9 +314,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, cut after total_timesteps steps in all."""
+    """Mean return of eval_episodes greedy episodes, in at most total_timesteps steps together."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + args.num_envs)
+    obs, _ = envs.reset(seed=args.seed + 10**6)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -335,7 +340,7 @@ def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
 
 
 def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
-    """Writes a checkpoint. The rename makes it whole, even if the process is killed."""
+    """Writes a checkpoint. A process that is killed leaves no half file."""
     checkpoint = {
         "agent_config": agent.config,
         "agent": agent.state_dict(),
@@ -358,7 +363,8 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
 def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # of the whole process: networks this small gain nothing from more
+    torch.set_num_threads(1)  # in the whole process: small networks gain nothing from more
+    # FlattenObservation makes Discrete observations one-hot.
     one_hot = isinstance(envs.unwrapped.single_observation_space, gym.spaces.Discrete)
     agent = Agent(
         num_inputs=gym.spaces.flatdim(envs.single_observation_space),
@@ -371,7 +377,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
     if args.resume:
         global_step = load(args.resume, agent, optimizers)
         torch.manual_seed(args.seed + global_step)  # not the same random numbers again
-    # Parameters are equal in all processes. Environments and actions differ.
+    # So far all processes are equal. From here on environments and actions differ.
     args.seed += dist.get_rank() * args.num_envs
     torch.manual_seed(args.seed + global_step)
     obs, _ = envs.reset(seed=args.seed + global_step)
@@ -385,7 +391,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         start = time.perf_counter()
         iteration += 1
 
-        # Anneal the learning rates to 0
+        # Anneal the learning rates: each optimizer's defaults hold the first one
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
@@ -396,8 +402,8 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         done = rollout.terminations[-1] | rollout.truncations[-1]
         batch = estimate_advantages(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # after learning, which needs the inputs that acting had
-        # If one process has a number that is not finite, all have.
+        agent.obs_stats.update(batch.obs)  # last, so that learning has the inputs that acting had
+        # One process's number that is not finite makes the average so: all processes stop.
         averages = average(torch.tensor([len(batch.obs), *metrics.values()], device=args.device))
         metrics = dict(zip(metrics, averages[1:].tolist()))
         steps = round(averages[0].item() * dist.get_world_size())
@@ -409,7 +415,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         metrics["charts/learning_rate"] = fraction * optimizers[0].defaults["lr"]
         metrics["global_step"] = global_step
         if envs.return_queue:
-            metrics["charts/episodic_return"] = float(np.mean(envs.return_queue))
+            metrics["charts/episodic_return"] = float(np.mean(envs.return_queue))  # the last 100
             progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"not finite: {metrics}")
@@ -422,7 +428,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
     envs.close()
 
     if dist.get_rank() > 0:
-        return 0.0
+        return 0.0  # the first process evaluates
     score = evaluate(agent, args)
     log({"global_step": global_step, "eval/episodic_return": score}, run_dir, wandb_run)
     print(f"{run_dir}: mean return of {args.eval_episodes} greedy episodes: {score:.1f}")
@@ -433,7 +439,7 @@ def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
     check_args(args)
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
-    args = Args(**json.loads(args_json))  # without NumPy scalars
+    args = Args(**json.loads(args_json))  # NumPy's scalars become Python's
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))

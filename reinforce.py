@@ -28,7 +28,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # seed of parameters, actions and environments
-    device: str = "cpu"  # where the networks are: cpu or cuda
+    device: str = "cpu"  # device of the networks: cpu or cuda
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
@@ -38,7 +38,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1, unless Discrete
+    normalize_observations: bool = True  # to mean 0 and deviation 1. Discrete ones stay one-hot
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 200_000  # steps of all environments together
@@ -54,7 +54,7 @@ class ArgumentError(ValueError):
 
 
 def check_args(args: Args) -> None:
-    """Raises for what would go wrong silently or late."""
+    """Raises ArgumentError for what would go wrong silently or late."""
     for field in fields(args):
         value = getattr(args, field.name)
         if field.type is int and field.name != "seed" and value < 1:
@@ -64,7 +64,7 @@ def check_args(args: Args) -> None:
 
 
 def make_envs(args: Args, num_envs: int) -> VectorEnv:
-    """Environments with flat observations. They clip continuous actions to their bounds."""
+    """Environments with flat observations. Actions may be out of bounds, and are clipped."""
     envs = gym.make_vec(args.env_id, num_envs)
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
@@ -78,6 +78,7 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
+        # The policy knows no bounds, and counts its actions from 0.
         if continuous:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
@@ -105,16 +106,20 @@ class RunningMeanStd(nn.Module):
 
     def update(self, rows: Tensor) -> None:
         """Adds rows (M, num_features)."""
+        rows = rows.to(self.mean)
         self.count += len(rows)
         weight = len(rows) / self.count
-        delta = rows.double().mean(0) - self.mean
+        delta = rows.mean(0) - self.mean
         self.mean += weight * delta
-        var = rows.double().var(0, correction=0)
-        self.var += weight * (var - self.var + (1 - weight) * delta**2)
+        # The mean of both variances, and what lies between both means
+        self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
 
 
 class Agent(nn.Module):
-    """A policy of observations (..., num_inputs)."""
+    """A policy of observations (..., num_inputs).
+
+    num_actions is the number of discrete actions, or the dimension of continuous ones.
+    """
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
@@ -122,10 +127,10 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # to scale rewards, here for the checkpoint
+        self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
         self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
         if continuous:
-            # The actor's, so that actor.parameters() are all of the policy's.
+            # In the actor, so that actor.parameters() is the whole policy.
             self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
 
     def inputs(self, obs) -> Tensor:
@@ -138,8 +143,8 @@ class Agent(nn.Module):
 
     def policy(self, obs) -> Distribution:
         """pi(a|s) at each observation."""
-        # Validating a distribution takes almost as long as the network does.
         outputs = self.actor(self.inputs(obs))
+        # Not validated, because that takes almost as long as the network does.
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
             return Independent(Normal(outputs, std, validate_args=False), 1)
@@ -167,7 +172,7 @@ def collect_rollout(agent: Agent, envs: VectorEnv, args: Args) -> Rollout:
     obs, _ = envs.reset()
     obs = obs.copy()  # some environments reuse the arrays that they return
     done = np.zeros(args.num_envs, bool)
-    steps: list[Rollout] = []
+    steps: list[Rollout] = []  # each without the axis T
     while not done.all():
         if len(steps) * args.num_envs >= args.total_timesteps:
             raise ArgumentError(f"env_id = {args.env_id}: episodes outlast total_timesteps")
@@ -189,14 +194,14 @@ class Batch(NamedTuple):
 
 
 def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Returns the valid steps, with their discounted returns."""
+    """Returns the valid steps, with their discounted returns. A time limit ends a return, too."""
     returns = np.zeros_like(rollout.rewards)
     following = 0.0
     for t in reversed(range(len(returns))):
         following = rollout.rewards[t] + args.gamma * following
         returns[t] = following
     if args.normalize_rewards:
-        agent.return_stats.update(torch.as_tensor(returns[rollout.valid, None]))
+        agent.return_stats.update(torch.as_tensor(returns[rollout.valid][:, None]))
         returns /= agent.return_stats.var.sqrt().item() + 1e-8
     if not args.reward_to_go:
         returns[:] = returns[0]  # every action gets the return of the whole episode
@@ -226,9 +231,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, cut after total_timesteps steps in all."""
+    """Mean return of eval_episodes greedy episodes, in at most total_timesteps steps together."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + args.num_envs)
+    obs, _ = envs.reset(seed=args.seed + 10**6)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -252,7 +257,7 @@ def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
 
 
 def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
-    """Writes a checkpoint. The rename makes it whole, even if the process is killed."""
+    """Writes a checkpoint. A process that is killed leaves no half file."""
     checkpoint = {
         "agent_config": agent.config,
         "agent": agent.state_dict(),
@@ -275,7 +280,8 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
 def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # of the whole process: networks this small gain nothing from more
+    torch.set_num_threads(1)  # in the whole process: small networks gain nothing from more
+    # FlattenObservation makes Discrete observations one-hot.
     one_hot = isinstance(envs.unwrapped.single_observation_space, gym.spaces.Discrete)
     agent = Agent(
         num_inputs=gym.spaces.flatdim(envs.single_observation_space),
@@ -288,7 +294,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
     if args.resume:
         global_step = load(args.resume, agent, optimizers)
         torch.manual_seed(args.seed + global_step)  # not the same random numbers again
-    envs.reset(seed=args.seed + global_step)
+    envs.reset(seed=args.seed + global_step)  # seeds them, collect_rollout resets them again
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     iteration = 0
 
@@ -296,7 +302,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         start = time.perf_counter()
         iteration += 1
 
-        # Anneal the learning rates to 0
+        # Anneal the learning rates: each optimizer's defaults hold the first one
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
@@ -305,7 +311,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         rollout = collect_rollout(agent, envs, args)
         batch = compute_returns(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # after learning, which needs the inputs that acting had
+        agent.obs_stats.update(batch.obs)  # last, so that learning has the inputs that acting had
         steps = len(batch.obs)
         global_step += steps
 
@@ -334,7 +340,7 @@ def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
     check_args(args)
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
-    args = Args(**json.loads(args_json))  # without NumPy scalars
+    args = Args(**json.loads(args_json))  # NumPy's scalars become Python's
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))

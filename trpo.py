@@ -1,6 +1,6 @@
 """Trust Region Policy Optimization: VPG whose steps are bounded in KL divergence.
 
-The natural gradient comes from conjugate gradients, the length of its step from a line search.
+Conjugate gradients find the natural gradient, target_kl scales it, a line search halves it.
     maximize E[r A]  subject to  E[KL(pi_old, pi)] <= target_kl,    r = pi(a|s) / pi_old(a|s)
 Paper: Schulman et al. 2015, https://arxiv.org/abs/1502.05477
 Run: python trpo.py --env-id CartPole-v1
@@ -30,7 +30,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # seed of parameters, actions and environments
-    device: str = "cpu"  # where the networks are: cpu or cuda
+    device: str = "cpu"  # device of the networks: cpu or cuda
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
@@ -40,7 +40,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1, unless Discrete
+    normalize_observations: bool = True  # to mean 0 and deviation 1. Discrete ones stay one-hot
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
@@ -62,7 +62,7 @@ class ArgumentError(ValueError):
 
 
 def check_args(args: Args) -> None:
-    """Raises for what would go wrong silently or late."""
+    """Raises ArgumentError for what would go wrong silently or late."""
     for field in fields(args):
         value = getattr(args, field.name)
         if field.type is int and field.name != "seed" and value < 1:
@@ -72,7 +72,7 @@ def check_args(args: Args) -> None:
 
 
 def make_envs(args: Args, num_envs: int) -> VectorEnv:
-    """Environments with flat observations. They clip continuous actions to their bounds."""
+    """Environments with flat observations. Actions may be out of bounds, and are clipped."""
     envs = gym.make_vec(args.env_id, num_envs)
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
@@ -86,6 +86,7 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
+        # The policy knows no bounds, and counts its actions from 0.
         if continuous:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
@@ -113,16 +114,20 @@ class RunningMeanStd(nn.Module):
 
     def update(self, rows: Tensor) -> None:
         """Adds rows (M, num_features)."""
+        rows = rows.to(self.mean)
         self.count += len(rows)
         weight = len(rows) / self.count
-        delta = rows.double().mean(0) - self.mean
+        delta = rows.mean(0) - self.mean
         self.mean += weight * delta
-        var = rows.double().var(0, correction=0)
-        self.var += weight * (var - self.var + (1 - weight) * delta**2)
+        # The mean of both variances, and what lies between both means
+        self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
 
 
 class Agent(nn.Module):
-    """A policy and a value function of observations (..., num_inputs)."""
+    """A policy and a value function of observations (..., num_inputs).
+
+    num_actions is the number of discrete actions, or the dimension of continuous ones.
+    """
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
@@ -130,11 +135,11 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # to scale rewards, here for the checkpoint
+        self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
         self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
         self.critic = mlp(num_inputs, 1, output_gain=1.0)
         if continuous:
-            # The actor's, so that actor.parameters() are all of the policy's.
+            # In the actor, so that actor.parameters() is the whole policy.
             self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
 
     def inputs(self, obs) -> Tensor:
@@ -147,8 +152,8 @@ class Agent(nn.Module):
 
     def policy(self, obs) -> Distribution:
         """pi(a|s) at each observation."""
-        # Validating a distribution takes almost as long as the network does.
         outputs = self.actor(self.inputs(obs))
+        # Not validated, because that takes almost as long as the network does.
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
             return Independent(Normal(outputs, std, validate_args=False), 1)
@@ -173,7 +178,7 @@ class Rollout(NamedTuple):
     action, and is not valid as training data.
     """
 
-    valid: np.ndarray  # (T, N), bool
+    valid: np.ndarray  # (T, N), bool: False where the step only resets
     obs: np.ndarray  # (T, N, D)
     actions: np.ndarray  # (T, N) or (T, N, A), as sampled
     next_obs: np.ndarray  # (T, N, D): the observation after actions[t], also at an episode's end
@@ -183,15 +188,15 @@ class Rollout(NamedTuple):
 
 
 def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, num_steps: int) -> Rollout:
-    """Steps on from the observations obs (N, D). done (N,) marks environments to reset."""
-    steps = []
+    """Steps on from obs (N, D). done (N,) marks environments that the first step only resets."""
+    steps = []  # each a Rollout without the axis T
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
-        results = [x.copy() for x in envs.step(actions)[:4]]
-        steps.append(Rollout(~done, obs, actions, *results))
-        obs = steps[-1].next_obs
-        done = steps[-1].terminations | steps[-1].truncations
+        next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
+        steps.append(Rollout(~done, obs, actions, next_obs, rewards, terminations, truncations))
+        obs = next_obs
+        done = terminations | truncations
     return Rollout(*(np.stack(column) for column in zip(*steps)))
 
 
@@ -206,7 +211,7 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
     advantages = np.zeros_like(rewards)
     last_gae = np.zeros_like(values[-1])
     for t in reversed(range(len(rewards))):
-        # After a termination there is no value. After a truncation there is, but the sum is cut.
+        # After a termination the value is 0. After a truncation it counts, but the sum is cut.
         delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
         done = terminations[t] | truncations[t]
         last_gae = delta + gamma * gae_lambda * last_gae * ~done
@@ -216,7 +221,7 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
 
 
 try:
-    from gae_kernel import compute_gae  # the same in Rust, bit for bit
+    from gae_kernel import compute_gae  # the same in Rust (gae_kernel/), bit for bit
 except ImportError:
     compute_gae = compute_gae_python
 
@@ -238,9 +243,9 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     rewards = rollout.rewards.astype(np.float32)
     ends = (rollout.terminations, rollout.truncations)
     if args.normalize_rewards:
-        # Discounted sums of rewards until the episode or the rollout ends
-        _, sums = compute_gae(rewards, 0 * values, *ends, args.gamma, 1.0)
-        agent.return_stats.update(torch.as_tensor(sums[rollout.valid, None]))
+        # With values of 0 and lambda = 1, GAE's returns are the discounted sums of rewards.
+        _, sums = compute_gae(rewards, np.zeros_like(values), *ends, args.gamma, 1.0)
+        agent.return_stats.update(torch.as_tensor(sums[rollout.valid][:, None]))
         rewards /= agent.return_stats.var.sqrt().item() + 1e-8
     advantages, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
     columns = (rollout.obs, rollout.actions, advantages, returns)
@@ -265,7 +270,7 @@ def conjugate_gradient(multiply: Callable[[Tensor], Tensor], b: Tensor, iteratio
     r = b
     p = b
     for _ in range(iterations):
-        if r.dot(r) < 1e-10:  # solved, and the next step would divide by 0
+        if r.dot(r) < 1e-10:  # solved: the next step would divide by almost 0
             break
         Ap = multiply(p)
         alpha = r.dot(r) / p.dot(Ap)
@@ -310,7 +315,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     kl_gradient = flat_grad(kl, parameters, create_graph=True)
 
     def fisher_product(vector: Tensor) -> Tensor:
-        # The Fisher matrix is the Hessian of the KL divergence at the old policy.
+        # The KL and its gradient are 0 here. The gradient's derivative is the Fisher matrix F.
         product = flat_grad(kl_gradient.dot(vector), parameters, retain_graph=True)
         return product + args.cg_damping * vector
 
@@ -319,8 +324,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
             new_surrogate, new_kl = surrogate_and_kl()
         return bool(new_surrogate > old_surrogate and new_kl <= args.target_kl)
 
+    # The natural gradient solves F direction = gradient.
     direction = conjugate_gradient(fisher_product, gradient, args.cg_iterations)
-    # The KL of a step s is about s F s / 2, and a little less because F is damped here.
+    # The KL of a step s is about s F s / 2. Damping makes F larger, so it is a little less.
     step = direction * torch.sqrt(2 * args.target_kl / direction.dot(fisher_product(direction)))
     step_fraction = line_search(parameters, step, accept, args.max_backtracks)
     with torch.no_grad():
@@ -333,7 +339,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
         nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
         value_optimizer.step()
 
-    # The advantages are the errors of the values that the returns came from.
+    # The advantages are the errors of the old values: returns = advantages + values.
     unexplained = batch.advantages.var() / (batch.returns.var() + 1e-8)
     return {
         "losses/policy_loss": -new_surrogate.item(),
@@ -346,9 +352,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, cut after total_timesteps steps in all."""
+    """Mean return of eval_episodes greedy episodes, in at most total_timesteps steps together."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + args.num_envs)
+    obs, _ = envs.reset(seed=args.seed + 10**6)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -372,7 +378,7 @@ def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
 
 
 def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
-    """Writes a checkpoint. The rename makes it whole, even if the process is killed."""
+    """Writes a checkpoint. A process that is killed leaves no half file."""
     checkpoint = {
         "agent_config": agent.config,
         "agent": agent.state_dict(),
@@ -395,7 +401,8 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
 def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # of the whole process: networks this small gain nothing from more
+    torch.set_num_threads(1)  # in the whole process: small networks gain nothing from more
+    # FlattenObservation makes Discrete observations one-hot.
     one_hot = isinstance(envs.unwrapped.single_observation_space, gym.spaces.Discrete)
     agent = Agent(
         num_inputs=gym.spaces.flatdim(envs.single_observation_space),
@@ -417,7 +424,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         start = time.perf_counter()
         iteration += 1
 
-        # Anneal the learning rates to 0
+        # Anneal the learning rates: each optimizer's defaults hold the first one
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
@@ -428,7 +435,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         done = rollout.terminations[-1] | rollout.truncations[-1]
         batch = estimate_advantages(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # after learning, which needs the inputs that acting had
+        agent.obs_stats.update(batch.obs)  # last, so that learning has the inputs that acting had
         steps = len(batch.obs)
         global_step += steps
 
@@ -438,7 +445,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         metrics["charts/learning_rate"] = fraction * optimizers[0].defaults["lr"]
         metrics["global_step"] = global_step
         if envs.return_queue:
-            metrics["charts/episodic_return"] = float(np.mean(envs.return_queue))
+            metrics["charts/episodic_return"] = float(np.mean(envs.return_queue))  # the last 100
             progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"not finite: {metrics}")
@@ -458,7 +465,7 @@ def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
     check_args(args)
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
-    args = Args(**json.loads(args_json))  # without NumPy scalars
+    args = Args(**json.loads(args_json))  # NumPy's scalars become Python's
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))

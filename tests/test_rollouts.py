@@ -182,7 +182,7 @@ def test_observations_are_scaled_clipped_and_single_if_asked_for():
 
 @pytest.mark.parametrize("name", OBSERVATIONS)
 def test_observations_are_flattened_and_learned_from(name):
-    run, plain = start(ppo, f"{name}-v0", num_envs=2, num_steps=8), gym.make_vec(f"{name}-v0", 2)
+    run, plain = start(ppo, f"{name}-v0", num_envs=2, num_steps=16), gym.make_vec(f"{name}-v0", 2)
     flat, _ = run.envs.reset(seed=3)
     obs, _ = plain.reset(seed=3)
     rows = gym.vector.utils.iterate(plain.observation_space, obs)

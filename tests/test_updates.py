@@ -199,9 +199,11 @@ def test_ppo(env_id, options, monkeypatch):
 
 @pytest.mark.parametrize("fraction, stops", [(0.9, True), (1.1, False)])
 def test_ppo_stops_once_the_kl_is_too_large(fraction, stops):
-    run, batch, _ = recorded(ppo, "Scripted-v0", update_epochs=1)
+    sizes = {"num_minibatches": 4, "update_epochs": 1}
+    run, batch, _ = recorded(ppo, "Scripted-v0", **sizes)
     kl = run.update(batch)["losses/approx_kl"]
-    run, batch, _ = recorded(ppo, "Scripted-v0", update_epochs=3, target_kl=fraction * kl)
+    sizes["update_epochs"] = 3
+    run, batch, _ = recorded(ppo, "Scripted-v0", **sizes, target_kl=fraction * kl)
     gradients = gradients_of(run.optimizers[0])
     run.update(batch)
     assert (len(gradients) == 4) == stops
