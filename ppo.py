@@ -165,7 +165,7 @@ class Agent(nn.Module):
         """V(s) at each observation."""
         return self.critic(self.inputs(obs)).squeeze(-1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: the most likely one if greedy, else a sample."""
         policy = self.policy(obs)

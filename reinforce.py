@@ -150,7 +150,7 @@ class Agent(nn.Module):
             return Independent(Normal(outputs, std, validate_args=False), 1)
         return Categorical(logits=outputs, validate_args=False)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: the most likely one if greedy, else a sample."""
         policy = self.policy(obs)

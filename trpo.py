@@ -49,6 +49,7 @@ class Args:
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients of the value function are clipped to this norm
+    ent_coef: float = 0.03  # weight of the entropy bonus
     target_kl: float = 0.01  # bound on the KL divergence from the old policy
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
@@ -163,7 +164,7 @@ class Agent(nn.Module):
         """V(s) at each observation."""
         return self.critic(self.inputs(obs)).squeeze(-1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: the most likely one if greedy, else a sample."""
         policy = self.policy(obs)
@@ -305,13 +306,14 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
         old_policy = agent.policy(batch.obs)
         old_log_probs = old_policy.log_prob(batch.actions)
 
-    def surrogate_and_kl() -> tuple[Tensor, Tensor]:
+    def objective_and_kl() -> tuple[Tensor, Tensor]:
         policy = agent.policy(batch.obs)
         ratio = (policy.log_prob(batch.actions) - old_log_probs).exp()
-        return (ratio * advantages).mean(), kl_divergence(old_policy, policy).mean()
+        objective = (ratio * advantages).mean() + args.ent_coef * policy.entropy().mean()
+        return objective, kl_divergence(old_policy, policy).mean()
 
-    old_surrogate, kl = surrogate_and_kl()
-    gradient = flat_grad(old_surrogate, parameters, retain_graph=True)
+    old_objective, kl = objective_and_kl()
+    gradient = flat_grad(old_objective, parameters, retain_graph=True)
     kl_gradient = flat_grad(kl, parameters, create_graph=True)
 
     def fisher_product(vector: Tensor) -> Tensor:
@@ -321,8 +323,8 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
     def accept() -> bool:
         with torch.no_grad():
-            new_surrogate, new_kl = surrogate_and_kl()
-        return bool(new_surrogate > old_surrogate and new_kl <= args.target_kl)
+            new_objective, new_kl = objective_and_kl()
+        return bool(new_objective > old_objective and new_kl <= args.target_kl)
 
     # The natural gradient solves F direction = gradient.
     direction = conjugate_gradient(fisher_product, gradient, args.cg_iterations)
@@ -330,7 +332,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     step = direction * torch.sqrt(2 * args.target_kl / direction.dot(fisher_product(direction)))
     step_fraction = line_search(parameters, step, accept, args.max_backtracks)
     with torch.no_grad():
-        new_surrogate, new_kl = surrogate_and_kl()
+        new_objective, new_kl = objective_and_kl()
 
     for _ in range(args.vf_epochs):
         value_loss = 0.5 * ((agent.value(batch.obs) - batch.returns) ** 2).mean()
@@ -342,7 +344,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     # The advantages are the errors of the old values: returns = advantages + values.
     unexplained = batch.advantages.var() / (batch.returns.var() + 1e-8)
     return {
-        "losses/policy_loss": -new_surrogate.item(),
+        "losses/policy_loss": -new_objective.item(),
         "losses/value_loss": value_loss.item(),
         "losses/entropy": old_policy.entropy().mean().item(),
         "losses/kl": new_kl.item(),

@@ -49,6 +49,7 @@ class Args:
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
     learning_rate: float = 5e-3  # learning rate of the policy
+    ent_coef: float = 0.03  # weight of the entropy bonus
     vf_learning_rate: float = 2e-2  # learning rate of the value function
     vf_epochs: int = 10  # steps of the value function on each whole rollout
 
@@ -159,7 +160,7 @@ class Agent(nn.Module):
         """V(s) at each observation."""
         return self.critic(self.inputs(obs)).squeeze(-1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: the most likely one if greedy, else a sample."""
         policy = self.policy(obs)
@@ -262,8 +263,10 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
     policy = agent.policy(batch.obs)
     policy_loss = -(policy.log_prob(batch.actions) * advantages).mean()
+    entropy = policy.entropy().mean()
+    loss = policy_loss - args.ent_coef * entropy
     policy_optimizer.zero_grad()
-    policy_loss.backward()
+    loss.backward()
     nn.utils.clip_grad_norm_(agent.actor.parameters(), args.max_grad_norm)
     policy_optimizer.step()
 
@@ -279,7 +282,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     return {
         "losses/policy_loss": policy_loss.item(),
         "losses/value_loss": value_loss.item(),
-        "losses/entropy": policy.entropy().mean().item(),
+        "losses/entropy": entropy.item(),
         "losses/explained_variance": 1 - unexplained.item(),
     }
 

@@ -121,15 +121,20 @@ def fit_values(parameters, known, args, adam):
 @SPACES
 @pytest.mark.parametrize("max_grad_norm", [0.05, 1e9])
 def test_vpg(env_id, max_grad_norm):
-    run, batch, known = recorded(vpg, env_id, max_grad_norm=max_grad_norm, vf_epochs=4)
+    wanted = {"max_grad_norm": max_grad_norm, "vf_epochs": 4, "ent_coef": 0.2}
+    run, batch, known = recorded(vpg, env_id, **wanted)
     actor, critic = parameters_of(run.agent, "actor"), parameters_of(run.agent, "critic")
     adams = [reference.Adam(rate, max_grad_norm) for rate in (0.02, 0.01)]
     gradients = [gradients_of(optimizer) for optimizer in run.optimizers]
+
+    def loss(p):
+        return reference.vpg_loss(p, known) - 0.2 * mean_entropy(p, known)
+
     for _ in range(2):
         expected = {"losses/policy_loss": reference.vpg_loss(actor, known)}
         expected["losses/entropy"] = mean_entropy(actor, known)
         expected["losses/explained_variance"] = explained(known)
-        actor = adams[0].minimize(lambda p: reference.vpg_loss(p, known), actor)
+        actor = adams[0].minimize(loss, actor)
         critic, expected["losses/value_loss"] = fit_values(critic, known, run.args, adams[1])
         assert_close(run.update(batch), expected)
         assert_close(parameters_of(run.agent), actor | critic)
@@ -212,13 +217,13 @@ def test_ppo_stops_once_the_kl_is_too_large(fraction, stops):
 @SPACES
 @pytest.mark.parametrize("target_kl, cg_iterations", [(0.01, 3), (0.3, 8)])
 def test_trpo(env_id, target_kl, cg_iterations):
-    wanted = {"target_kl": target_kl, "cg_iterations": cg_iterations}
+    wanted = {"target_kl": target_kl, "cg_iterations": cg_iterations, "ent_coef": 0.2}
     run, batch, known = recorded(trpo, env_id, vf_epochs=4, **wanted)
     old, critic = parameters_of(run.agent, "actor"), parameters_of(run.agent, "critic")
     adam, gradients = reference.Adam(0.01, 0.5), gradients_of(run.optimizers[0])
 
     def objective(p):
-        return reference.surrogate(p, known, old)
+        return reference.surrogate(p, known, old) + 0.2 * mean_entropy(p, known)
 
     def divergence(p):
         policies = [reference.policy_at(p, known.obs) for p in (old, p)]
