@@ -168,8 +168,15 @@ class Agent(nn.Module):
     @torch.inference_mode()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: the most likely one if greedy, else a sample."""
-        policy = self.policy(obs)
-        action = policy.mode if greedy else policy.sample()
+        policy: Any = self.policy(obs)
+        if greedy:
+            action = policy.mode
+        elif self.continuous:
+            action = policy.sample()
+        else:
+            # The Gumbel-max trick, which is faster than Categorical's own sample().
+            noise = -torch.empty_like(policy.logits).exponential_().log()
+            action = (policy.logits + noise).argmax(-1)
         return action.cpu().numpy()
 
 
@@ -262,6 +269,7 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """Several epochs of minibatch steps. Returns metrics, most of them of the last minibatch."""
     optimizer = optimizers[0]
+    parameters = list(agent.parameters())
     with torch.no_grad():
         old_log_probs = agent.policy(batch.obs).log_prob(batch.actions)
 
@@ -280,7 +288,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
 
         with torch.no_grad():

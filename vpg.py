@@ -163,8 +163,15 @@ class Agent(nn.Module):
     @torch.inference_mode()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: the most likely one if greedy, else a sample."""
-        policy = self.policy(obs)
-        action = policy.mode if greedy else policy.sample()
+        policy: Any = self.policy(obs)
+        if greedy:
+            action = policy.mode
+        elif self.continuous:
+            action = policy.sample()
+        else:
+            # The Gumbel-max trick, which is faster than Categorical's own sample().
+            noise = -torch.empty_like(policy.logits).exponential_().log()
+            action = (policy.logits + noise).argmax(-1)
         return action.cpu().numpy()
 
 
