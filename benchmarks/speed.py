@@ -38,9 +38,9 @@ PPO = f"{SAME} --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 
 PPO += " --learning-rate 2.5e-4 --gae-lambda 0.95 --clip-coef 0.2 --ent-coef 0.01 --vf-coef 0.5"
 PPO += " --max-grad-norm 0.5 --anneal-lr"
 TRPO = f"{SAME} --num-envs 4 --num-steps 128 --gae-lambda 0.95 --cg-iterations 15 --vf-epochs 10"
-TRPO += " --vf-learning-rate 1e-3 --no-anneal-lr --target-kl 0.01 --cg-damping 0.1"
+TRPO += " --vf-learning-rate 1e-3 --no-anneal-lr --target-kl 0.01 --cg-damping 0.1 --ent-coef 0"
 VPG = f"{SAME} --num-envs 8 --num-steps 128 --gae-lambda 0.97 --vf-epochs 10 --no-anneal-lr"
-VPG += " --learning-rate 5e-3 --vf-learning-rate 2e-2"
+VPG += " --learning-rate 5e-3 --vf-learning-rate 2e-2 --ent-coef 0"
 PACKAGES = ("stable-baselines3", "sb3-contrib", "rlox", "torchrl", "jax")
 
 

@@ -18,6 +18,7 @@ import vpg
 
 LADDER = [reinforce, vpg, trpo, ppo]
 CRITICS = [vpg, trpo, ppo]
+LEARNERS = [reinforce, vpg]  # the others' learn has vpg's text, as test_ladder.py checks
 
 
 class Scripted(gym.Env):

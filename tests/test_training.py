@@ -10,14 +10,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from environments import CRITICS, LADDER, REFUSED, arguments, metrics, only_run, start
+from environments import CRITICS, LADDER, LEARNERS, REFUSED, arguments, metrics, only_run, start
 
 import gae_kernel
 import ppo
+import reinforce
 
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 300, "eval_episodes": 2}
 SCALED = {"normalize_observations": True, "save_interval": 1}
-each = pytest.mark.parametrize("script", LADDER)
+each = pytest.mark.parametrize("script", LEARNERS)
 
 
 def train_in(folder, monkeypatch, script, env_id="CartPole-v1", **wanted):
@@ -96,7 +97,12 @@ REFUSALS = [
 
 @pytest.mark.parametrize(
     "script, name, value, message",
-    [(script, *case) for script in LADDER for case in REFUSALS if hasattr(script.Args, case[0])],
+    [
+        (script, *case)
+        for script in (reinforce, ppo)
+        for case in REFUSALS
+        if hasattr(script.Args, case[0])
+    ],
 )
 def test_what_cannot_work_is_refused_by_name(script, name, value, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -105,13 +111,11 @@ def test_what_cannot_work_is_refused_by_name(script, name, value, message, tmp_p
     assert not [*tmp_path.glob("runs/*/metrics.jsonl")]
 
 
-def test_limits_of_arguments_work_themselves():
+def test_limits_work_themselves_and_integers_as_floats():
     ppo.check_args(ppo.Args(num_envs=4, num_steps=8, num_minibatches=8))
     ppo.check_args(ppo.Args(gamma=0.0, gae_lambda=1.0, seed=0))
     ppo.check_args(ppo.Args(gamma=1.0, gae_lambda=0.0, num_envs=1, num_minibatches=32))
 
-
-def test_floats_may_be_given_as_integers():
     ppo.check_args(ppo.Args(gamma=0, gae_lambda=0, ent_coef=0, learning_rate=0))
 
 
