@@ -38,7 +38,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1. Discrete ones stay one-hot
+    normalize_observations: bool = False  # to mean 0 and deviation 1. Discrete ones stay one-hot
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 200_000  # steps of all environments together
