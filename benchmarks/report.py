@@ -148,8 +148,11 @@ def tables(groups: dict[str, Group]) -> str:
                 f"- {program} on {setting}: `{entry['command']}`, seeds from"
                 f" {entry['seeds'][0]} to {entry['seeds'][-1]}: {returns}"
             )
-        places = dict.fromkeys(place for entry in entries.values() for place in entry["about"])
-        lines += ["", f"{'; '.join(places)}."]
+        places: dict[str, dict[str, None]] = {}  # commits by machine and versions, in order
+        for place in (place for entry in entries.values() for place in entry["about"]):
+            facts, _, commit = place.rpartition(", commit ")
+            places.setdefault(facts, {})[commit] = None
+        lines += ["", *(f"{facts}, commit {'; '.join(c)}." for facts, c in places.items())]
     return "\n".join(lines) + "\n"
 
 
