@@ -93,7 +93,7 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
 
-    return wrappers.RecordEpisodeStatistics(wrappers.TransformAction(envs, to_space))
+    return wrappers.TransformAction(envs, to_space)
 
 
 def mlp(num_inputs: int, num_outputs: int, output_gain: float) -> nn.Sequential:
@@ -194,16 +194,23 @@ class Rollout(NamedTuple):
     rewards: np.ndarray  # (T, N)
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
+    episode_returns: np.ndarray  # (T, N): the sum of the episode's rewards so far
 
 
-def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, num_steps: int) -> Rollout:
-    """Steps on from obs (N, D). done (N,) marks environments that the first step only resets."""
+def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, episode_return, num_steps: int):
+    """Steps on from obs (N, D). Returns a Rollout.
+
+    done (N,) marks environments that the first step only resets. episode_return (N,) has the sum
+    of each episode's rewards so far.
+    """
     steps = []  # each a Rollout without the axis T
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
-        steps.append(Rollout(~done, obs, actions, next_obs, rewards, terminations, truncations))
+        episode_return = np.where(done, 0.0, episode_return + rewards)
+        ends = (terminations, truncations)
+        steps.append(Rollout(~done, obs, actions, next_obs, rewards, *ends, episode_return))
         obs = next_obs
         done = terminations | truncations
     return Rollout(*(np.stack(column) for column in zip(*steps)))
@@ -355,7 +362,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     return checkpoint["global_step"]
 
 
-def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
+def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # in the whole process: small networks gain nothing from more
@@ -374,6 +381,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         torch.manual_seed(args.seed + global_step)  # not the same random numbers again
     obs, _ = envs.reset(seed=args.seed + global_step)
     done = np.zeros(args.num_envs, bool)
+    episode_return = np.zeros(args.num_envs)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     iteration = 0
 
@@ -387,9 +395,11 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
             optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
 
         # Collect experience and learn from it
-        rollout = collect_rollout(agent, envs, obs, done, args.num_steps)
+        rollout = collect_rollout(agent, envs, obs, done, episode_return, args.num_steps)
         obs = rollout.next_obs[-1]
-        done = rollout.terminations[-1] | rollout.truncations[-1]
+        ended = rollout.terminations | rollout.truncations
+        done = ended[-1]
+        episode_return = rollout.episode_returns[-1]
         batch = estimate_advantages(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
         agent.obs_stats.update(batch.obs)  # last, so that learning has the inputs that acting had
@@ -401,8 +411,8 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         metrics["charts/SPS"] = steps / (time.perf_counter() - start)
         metrics["charts/learning_rate"] = fraction * optimizers[0].defaults["lr"]
         metrics["global_step"] = global_step
-        if envs.return_queue:
-            metrics["charts/episodic_return"] = float(np.mean(envs.return_queue))  # the last 100
+        if ended.any():
+            metrics["charts/episodic_return"] = rollout.episode_returns[ended].mean().item()
             progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"not finite: {metrics}")

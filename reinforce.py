@@ -83,7 +83,7 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
 
-    return wrappers.RecordEpisodeStatistics(wrappers.TransformAction(envs, to_space))
+    return wrappers.TransformAction(envs, to_space)
 
 
 def mlp(num_inputs: int, num_outputs: int, output_gain: float) -> nn.Sequential:
@@ -284,7 +284,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     return checkpoint["global_step"]
 
 
-def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
+def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # in the whole process: small networks gain nothing from more
@@ -327,7 +327,7 @@ def learn(args: Args, envs: Any, run_dir: Path, wandb_run: Any = None) -> float:
         metrics["charts/SPS"] = steps / (time.perf_counter() - start)
         metrics["charts/learning_rate"] = fraction * optimizers[0].defaults["lr"]
         metrics["global_step"] = global_step
-        metrics["charts/episodic_return"] = float(rollout.rewards.sum(0).mean())
+        metrics["charts/episodic_return"] = rollout.rewards.sum(0).mean().item()
         progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"not finite: {metrics}")

@@ -76,8 +76,8 @@ def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
     returns = []
     while len(estimates[0]) < ESTIMATES:
         obs, _ = envs.reset()
-        done = np.zeros(width, bool)
-        rollout = vpg.collect_rollout(agent, envs, obs, done, 500)  # the limit of an episode
+        start = (obs, np.zeros(width, bool), np.zeros(width))
+        rollout = vpg.collect_rollout(agent, envs, *start, 500)  # the limit of an episode's length
         ends = rollout.terminations | rollout.truncations
         valid = np.cumsum(ends, axis=0) - ends == 0  # each environment's first episode
         rollout = rollout._replace(valid=valid, rewards=rollout.rewards * valid)

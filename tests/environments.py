@@ -181,13 +181,14 @@ def start(script, env_id, **wanted):
     run = SimpleNamespace(args=args, envs=envs, agent=agent)
     run.optimizers = script.make_optimizers(agent, args)
     run.obs, _ = envs.reset(seed=args.seed)
-    run.done = np.zeros(args.num_envs, bool)
+    run.done, run.returns = np.zeros(args.num_envs, bool), np.zeros(args.num_envs)
 
     def collect():
         if script is reinforce:
             return script.collect_rollout(agent, envs, args)
-        rollout = script.collect_rollout(agent, envs, run.obs, run.done, args.num_steps)
-        run.obs = rollout.next_obs[-1]
+        state = run.obs, run.done, run.returns
+        rollout = script.collect_rollout(agent, envs, *state, args.num_steps)
+        run.obs, run.returns = rollout.next_obs[-1], rollout.episode_returns[-1]
         run.done = rollout.terminations[-1] | rollout.truncations[-1]
         return rollout
 

@@ -55,6 +55,14 @@ def test_rollouts_are_the_episodes_of_each_environment(env_id):
         np.testing.assert_array_equal([rollout.terminations[rows], rollout.truncations[rows]], ends)
         kinds.add((ends[0][-1], ends[1][-1]))
     np.testing.assert_array_equal([rollout.valid for rollout in rollouts], valid)
+    names = ("rewards", "terminations", "truncations", "episode_returns")
+    rewards, *ends, returns = (
+        np.concatenate([getattr(x, name) for x in rollouts]) for name in names
+    )
+    for env in range(3):
+        last = np.flatnonzero(ends[0][:, env] | ends[1][:, env])
+        episodes = np.split(rewards[:, env], last + 1)[:-1]
+        np.testing.assert_allclose(returns[last, env], [episode.sum() for episode in episodes])
     assert kinds == {(True, False), (False, True), (True, True), (False, False)}
     assert not valid[1:, 0].all(), "no reset at a rollout's start"
 

@@ -93,6 +93,23 @@ def test_metrics_count_training_data_raw_returns_and_learning_rates(script, anne
     np.testing.assert_allclose([row["charts/learning_rate"] for row in rows], expected[:, 0])
 
 
+def test_each_rollout_goes_on_where_the_one_before_it_ended(monkeypatch):
+    states, rollouts, collect = [], [], ppo.collect_rollout
+
+    def watched(agent, envs, *state):
+        states.append(state[:3])
+        rollouts.append(collect(agent, envs, *state))
+        return rollouts[-1]
+
+    monkeypatch.setattr(ppo, "collect_rollout", watched)
+    ppo.train(arguments(ppo, "Scripted-v0", **SMALL))
+    for before, (obs, done, episode_return) in zip(rollouts, states[1:]):
+        np.testing.assert_array_equal(obs, before.next_obs[-1])
+        np.testing.assert_array_equal(done, before.terminations[-1] | before.truncations[-1])
+        np.testing.assert_array_equal(episode_return, before.episode_returns[-1])
+    assert any(done.any() for _, done, _ in states) and len(states) > 3
+
+
 @each
 def test_statistics_change_between_updates_only(script, monkeypatch):
     """What acts, learns and is evaluated sees the statistics of all training data before."""
@@ -129,16 +146,19 @@ def test_statistics_change_between_updates_only(script, monkeypatch):
 @each
 def test_resuming_goes_on_from_what_was_saved(script, monkeypatch):
     """Parameters, statistics, the optimizers' state, the step: as the next update sees them."""
-    batches, agents, states = [], [], []
+    batches, agents, states, noise = [], [], [], []
 
     def before_update(agent, optimizers, batch, args):
         batches.append(batch.obs)
         states.append(copy.deepcopy([optimizer.state_dict() for optimizer in optimizers]))
 
     spy(monkeypatch, script, "update", before_update)
-    spy(monkeypatch, script, "collect_rollout", lambda agent, *_: agents.append(
-        copy.deepcopy(agent.state_dict())
-    ))  # fmt: skip
+
+    def before_rollout(agent, *_):
+        agents.append(copy.deepcopy(agent.state_dict()))
+        noise.append(torch.get_rng_state())
+
+    spy(monkeypatch, script, "collect_rollout", before_rollout)
     args = arguments(script, "CartPole-v1", **SMALL)
     script.train(args)
     old, count = only_run(), len(batches)
@@ -156,6 +176,7 @@ def test_resuming_goes_on_from_what_was_saved(script, monkeypatch):
     assert rows[0]["global_step"] == step + len(batches[count])
     assert rows[-1]["global_step"] == load(new / "checkpoint.pt")["global_step"] >= 1024
     assert not torch.equal(batches[count][:2], batches[0][:2]), "the same episodes again"
+    assert not torch.equal(noise[count], noise[0]), "the same actions again"
     assert {path: path.read_bytes() for path in old.iterdir()} == files
 
 
