@@ -40,7 +40,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1. Discrete ones stay one-hot
+    normalize_observations: bool = True  # to mean 0 and deviation 1, but not one-hot ones
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
@@ -63,14 +63,14 @@ class ArgumentError(ValueError):
 
 
 def check_args(args: Args) -> None:
-    """Raises ArgumentError for what would go wrong silently or late."""
+    """Raises ArgumentError for values that cannot work."""
     for field in fields(args):
         value = getattr(args, field.name)
         if field.type is int and field.name != "seed" and value < 1:
             raise ArgumentError(f"{field.name} = {value}: must be at least 1")
         if field.name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
             raise ArgumentError(f"{field.name} = {value}: must be from 0 to 1")
-    # Half of the steps may be resets, and the deviation needs 2 rows in a minibatch.
+    # Half of the steps may be resets, and the advantages' std needs 2 rows in a minibatch.
     if 2 * args.num_minibatches > args.num_envs * (args.num_steps // 2):
         raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
 
@@ -78,6 +78,7 @@ def check_args(args: Args) -> None:
 def make_envs(args: Args, num_envs: int) -> VectorEnv:
     """Environments with flat observations. Actions may be out of bounds, and are clipped."""
     envs = gym.make_vec(args.env_id, num_envs)
+    # Rollouts rely on a reset that comes in the step after an episode's end.
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
@@ -90,7 +91,7 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        # The policy knows no bounds, and counts its actions from 0.
+        # The policy's actions are flat, know no bounds, and count from 0.
         if continuous:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
@@ -131,7 +132,7 @@ class RunningMeanStd(nn.Module):
         weight = len(rows) / self.count
         delta = rows.mean(0) - self.mean
         self.mean += weight * delta
-        # The mean of both variances, and what lies between both means
+        # The weighted mean of both variances, plus the variance between both means
         self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
 
 
@@ -143,7 +144,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # for the checkpoint
+        self.config = (num_inputs, num_actions, continuous, normalize)  # saved, for Agent(*config)
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
@@ -208,7 +209,7 @@ class Rollout(NamedTuple):
 
 
 def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, episode_return, num_steps: int):
-    """Steps on from obs (N, D). Returns a Rollout.
+    """Continues from obs (N, D) for num_steps steps. Returns a Rollout.
 
     done (N,) marks environments that the first step only resets. episode_return (N,) has the sum
     of each episode's rewards so far.
@@ -219,8 +220,8 @@ def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, episode_return, nu
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
         episode_return = np.where(done, 0.0, episode_return + rewards)
-        ends = (terminations, truncations)
-        steps.append(Rollout(~done, obs, actions, next_obs, rewards, *ends, episode_return))
+        step = (~done, obs, actions, next_obs, rewards, terminations, truncations, episode_return)
+        steps.append(Rollout(*step))
         obs = next_obs
         done = terminations | truncations
     return Rollout(*(np.stack(column) for column in zip(*steps)))
@@ -263,6 +264,7 @@ class Batch(NamedTuple):
 
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     """Returns the valid steps, with advantages and returns."""
+    # obs[t + 1] is next_obs[t], so that only the last one is missing.
     obs = np.concatenate([rollout.obs, rollout.next_obs[-1:]])
     with torch.no_grad():
         values = agent.value(obs).cpu().numpy()
@@ -311,7 +313,8 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
             optimizer.step()
 
         with torch.no_grad():
-            approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+            # Estimates KL(pi_old, pi), is never negative: http://joschu.net/blog/kl-approx.html
+            approx_kl = (ratio - 1 - log_ratio).mean()
             approx_kl = average(approx_kl)  # so that all processes stop after the same epoch
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
@@ -329,9 +332,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, in at most total_timesteps steps together."""
+    """Mean return of eval_episodes greedy episodes. Cut once all took total_timesteps steps."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 10**6)  # other episodes than in training
+    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -407,7 +410,7 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
         start = time.perf_counter()
         iteration += 1
 
-        # Anneal the learning rates: each optimizer's defaults hold the first one
+        # Anneal from the initial learning rates, which optimizer.defaults keeps
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
@@ -457,7 +460,7 @@ def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
     check_args(args)
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
-    args = Args(**json.loads(args_json))  # NumPy's scalars become Python's
+    args = Args(**json.loads(args_json))  # a caller may pass NumPy scalars
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
@@ -475,7 +478,7 @@ def train(args: Args) -> float:
         name=run_name,
         config=vars(args),
         save_code=True,
-        reinit="create_new",
+        reinit="create_new",  # leaves the caller's own run alone
     ) as wandb_run:
         return learn(args, envs, run_dir, wandb_run)
 

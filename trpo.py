@@ -1,6 +1,6 @@
 """Trust Region Policy Optimization: VPG whose steps are bounded in KL divergence.
 
-Conjugate gradients find the natural gradient, target_kl scales it, a line search halves it.
+Conjugate gradients find the natural gradient, target_kl scales it, a line search shortens it.
     maximize E[r A]  subject to  E[KL(pi_old, pi)] <= target_kl,    r = pi(a|s) / pi_old(a|s)
 Paper: Schulman et al. 2015, https://arxiv.org/abs/1502.05477
 Run: python trpo.py --env-id CartPole-v1
@@ -40,7 +40,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1. Discrete ones stay one-hot
+    normalize_observations: bool = True  # to mean 0 and deviation 1, but not one-hot ones
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
@@ -63,7 +63,7 @@ class ArgumentError(ValueError):
 
 
 def check_args(args: Args) -> None:
-    """Raises ArgumentError for what would go wrong silently or late."""
+    """Raises ArgumentError for values that cannot work."""
     for field in fields(args):
         value = getattr(args, field.name)
         if field.type is int and field.name != "seed" and value < 1:
@@ -75,6 +75,7 @@ def check_args(args: Args) -> None:
 def make_envs(args: Args, num_envs: int) -> VectorEnv:
     """Environments with flat observations. Actions may be out of bounds, and are clipped."""
     envs = gym.make_vec(args.env_id, num_envs)
+    # Rollouts rely on a reset that comes in the step after an episode's end.
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
@@ -87,7 +88,7 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        # The policy knows no bounds, and counts its actions from 0.
+        # The policy's actions are flat, know no bounds, and count from 0.
         if continuous:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
@@ -120,7 +121,7 @@ class RunningMeanStd(nn.Module):
         weight = len(rows) / self.count
         delta = rows.mean(0) - self.mean
         self.mean += weight * delta
-        # The mean of both variances, and what lies between both means
+        # The weighted mean of both variances, plus the variance between both means
         self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
 
 
@@ -132,7 +133,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # for the checkpoint
+        self.config = (num_inputs, num_actions, continuous, normalize)  # saved, for Agent(*config)
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
@@ -197,7 +198,7 @@ class Rollout(NamedTuple):
 
 
 def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, episode_return, num_steps: int):
-    """Steps on from obs (N, D). Returns a Rollout.
+    """Continues from obs (N, D) for num_steps steps. Returns a Rollout.
 
     done (N,) marks environments that the first step only resets. episode_return (N,) has the sum
     of each episode's rewards so far.
@@ -208,8 +209,8 @@ def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, episode_return, nu
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
         episode_return = np.where(done, 0.0, episode_return + rewards)
-        ends = (terminations, truncations)
-        steps.append(Rollout(~done, obs, actions, next_obs, rewards, *ends, episode_return))
+        step = (~done, obs, actions, next_obs, rewards, terminations, truncations, episode_return)
+        steps.append(Rollout(*step))
         obs = next_obs
         done = terminations | truncations
     return Rollout(*(np.stack(column) for column in zip(*steps)))
@@ -252,6 +253,7 @@ class Batch(NamedTuple):
 
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     """Returns the valid steps, with advantages and returns."""
+    # obs[t + 1] is next_obs[t], so that only the last one is missing.
     obs = np.concatenate([rollout.obs, rollout.next_obs[-1:]])
     with torch.no_grad():
         values = agent.value(obs).cpu().numpy()
@@ -340,12 +342,12 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
             new_objective, new_kl = objective_and_kl()
         return bool(new_objective > old_objective and new_kl <= args.target_kl)
 
-    # The natural gradient solves F direction = gradient.
+    # The natural gradient solves (F + damping I) direction = gradient.
     direction = conjugate_gradient(fisher_product, gradient, args.cg_iterations)
-    # The KL of a step s is about s F s / 2. Damping makes F larger, so it is a little less.
+    # Scaled so that s F s / 2, which estimates the KL of a step s, is target_kl.
     step = direction * torch.sqrt(2 * args.target_kl / direction.dot(fisher_product(direction)))
     step_fraction = line_search(parameters, step, accept, args.max_backtracks)
-    with torch.no_grad():
+    with torch.no_grad():  # at the accepted or the restored parameters
         new_objective, new_kl = objective_and_kl()
 
     for _ in range(args.vf_epochs):
@@ -358,7 +360,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     # The advantages are the errors of the old values: returns = advantages + values.
     unexplained = batch.advantages.var() / (batch.returns.var() + 1e-8)
     return {
-        "losses/policy_loss": -new_objective.item(),
+        "losses/objective": new_objective.item(),
         "losses/value_loss": value_loss.item(),
         "losses/entropy": old_policy.entropy().mean().item(),
         "losses/kl": new_kl.item(),
@@ -368,9 +370,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, in at most total_timesteps steps together."""
+    """Mean return of eval_episodes greedy episodes. Cut once all took total_timesteps steps."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 10**6)  # other episodes than in training
+    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -441,7 +443,7 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
         start = time.perf_counter()
         iteration += 1
 
-        # Anneal the learning rates: each optimizer's defaults hold the first one
+        # Anneal from the initial learning rates, which optimizer.defaults keeps
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
@@ -484,7 +486,7 @@ def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
     check_args(args)
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
-    args = Args(**json.loads(args_json))  # NumPy's scalars become Python's
+    args = Args(**json.loads(args_json))  # a caller may pass NumPy scalars
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
@@ -500,7 +502,7 @@ def train(args: Args) -> float:
         name=run_name,
         config=vars(args),
         save_code=True,
-        reinit="create_new",
+        reinit="create_new",  # leaves the caller's own run alone
     ) as wandb_run:
         return learn(args, envs, run_dir, wandb_run)
 

@@ -39,7 +39,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1. Discrete ones stay one-hot
+    normalize_observations: bool = True  # to mean 0 and deviation 1, but not one-hot ones
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
@@ -51,7 +51,7 @@ class Args:
     learning_rate: float = 5e-3  # learning rate of the policy
     ent_coef: float = 0.03  # weight of the entropy bonus
     vf_learning_rate: float = 2e-2  # learning rate of the value function
-    vf_epochs: int = 10  # steps of the value function on each whole rollout
+    vf_epochs: int = 10  # full-batch steps of the value function per rollout
 
 
 class ArgumentError(ValueError):
@@ -59,7 +59,7 @@ class ArgumentError(ValueError):
 
 
 def check_args(args: Args) -> None:
-    """Raises ArgumentError for what would go wrong silently or late."""
+    """Raises ArgumentError for values that cannot work."""
     for field in fields(args):
         value = getattr(args, field.name)
         if field.type is int and field.name != "seed" and value < 1:
@@ -71,6 +71,7 @@ def check_args(args: Args) -> None:
 def make_envs(args: Args, num_envs: int) -> VectorEnv:
     """Environments with flat observations. Actions may be out of bounds, and are clipped."""
     envs = gym.make_vec(args.env_id, num_envs)
+    # Rollouts rely on a reset that comes in the step after an episode's end.
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
@@ -83,7 +84,7 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
         raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        # The policy knows no bounds, and counts its actions from 0.
+        # The policy's actions are flat, know no bounds, and count from 0.
         if continuous:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
@@ -116,7 +117,7 @@ class RunningMeanStd(nn.Module):
         weight = len(rows) / self.count
         delta = rows.mean(0) - self.mean
         self.mean += weight * delta
-        # The mean of both variances, and what lies between both means
+        # The weighted mean of both variances, plus the variance between both means
         self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
 
 
@@ -128,7 +129,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # for the checkpoint
+        self.config = (num_inputs, num_actions, continuous, normalize)  # saved, for Agent(*config)
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
@@ -193,7 +194,7 @@ class Rollout(NamedTuple):
 
 
 def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, episode_return, num_steps: int):
-    """Steps on from obs (N, D). Returns a Rollout.
+    """Continues from obs (N, D) for num_steps steps. Returns a Rollout.
 
     done (N,) marks environments that the first step only resets. episode_return (N,) has the sum
     of each episode's rewards so far.
@@ -204,8 +205,8 @@ def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, episode_return, nu
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
         episode_return = np.where(done, 0.0, episode_return + rewards)
-        ends = (terminations, truncations)
-        steps.append(Rollout(~done, obs, actions, next_obs, rewards, *ends, episode_return))
+        step = (~done, obs, actions, next_obs, rewards, terminations, truncations, episode_return)
+        steps.append(Rollout(*step))
         obs = next_obs
         done = terminations | truncations
     return Rollout(*(np.stack(column) for column in zip(*steps)))
@@ -248,6 +249,7 @@ class Batch(NamedTuple):
 
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     """Returns the valid steps, with advantages and returns."""
+    # obs[t + 1] is next_obs[t], so that only the last one is missing.
     obs = np.concatenate([rollout.obs, rollout.next_obs[-1:]])
     with torch.no_grad():
         values = agent.value(obs).cpu().numpy()
@@ -302,9 +304,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, in at most total_timesteps steps together."""
+    """Mean return of eval_episodes greedy episodes. Cut once all took total_timesteps steps."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 10**6)  # other episodes than in training
+    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -375,7 +377,7 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
         start = time.perf_counter()
         iteration += 1
 
-        # Anneal the learning rates: each optimizer's defaults hold the first one
+        # Anneal from the initial learning rates, which optimizer.defaults keeps
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
@@ -418,7 +420,7 @@ def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
     check_args(args)
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
-    args = Args(**json.loads(args_json))  # NumPy's scalars become Python's
+    args = Args(**json.loads(args_json))  # a caller may pass NumPy scalars
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
@@ -434,7 +436,7 @@ def train(args: Args) -> float:
         name=run_name,
         config=vars(args),
         save_code=True,
-        reinit="create_new",
+        reinit="create_new",  # leaves the caller's own run alone
     ) as wandb_run:
         return learn(args, envs, run_dir, wandb_run)
 
