@@ -23,7 +23,8 @@ seen, update, poison = [], script.update, False
 def watched(agent, optimizers, batch, args):
     metrics = update(agent, optimizers, batch, args)
     state = str([agent.state_dict(), optimizers[0].state_dict()])
-    seen.append((str(batch.actions), len(batch.obs), state, optimizers[0].state_dict()))
+    kl = metrics["losses/approx_kl"]
+    seen.append((str(batch.actions), len(batch.obs), (state, kl), optimizers[0].state_dict()))
     return metrics | ({"losses/entropy": math.nan} if poison else {})
 
 script.update = watched
