@@ -9,7 +9,7 @@ Run: torchrun --nproc-per-node 2 ppo_torchrun.py --env-id CartPole-v1
 import json
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from gymnasium.vector import VectorEnv
-from gymnasium.wrappers import vector as wrappers
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 
@@ -33,14 +30,13 @@ class Args:
     device: str = "cpu"  # device of the networks: cpu or cuda
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
-    wandb_entity: str | None = None  # W&B user or team
     eval_episodes: int = 100  # greedy episodes after training
     save_interval: int = 10  # iterations between checkpoints
     resume: str | None = None  # checkpoint to start from
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1, but not one-hot ones
+    normalize_observations: bool = True  # but not one-hot ones
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
@@ -49,12 +45,12 @@ class Args:
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
+    ent_coef: float = 0.03  # weight of the entropy bonus
     learning_rate: float = 2.5e-3  # Adam's learning rate
     update_epochs: int = 6  # epochs over each rollout
     num_minibatches: int = 8  # minibatches in an epoch
     clip_coef: float = 0.2  # eps of the clipped objective
     vf_coef: float = 0.5  # weight of the value loss
-    ent_coef: float = 0.03  # weight of the entropy bonus
     target_kl: float | None = None  # stop the epochs once the KL divergence is larger
 
 
@@ -64,31 +60,30 @@ class ArgumentError(ValueError):
 
 def check_args(args: Args) -> None:
     """Raises ArgumentError for values that cannot work."""
-    for field in fields(args):
-        value = getattr(args, field.name)
-        if field.type is int and field.name != "seed" and value < 1:
-            raise ArgumentError(f"{field.name} = {value}: must be at least 1")
-        if field.name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
-            raise ArgumentError(f"{field.name} = {value}: must be from 0 to 1")
-    # Half of the steps may be resets, and the advantages' std needs 2 rows in a minibatch.
-    if 2 * args.num_minibatches > args.num_envs * (args.num_steps // 2):
-        raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
+    for name, value in vars(args).items():
+        if Args.__annotations__[name] is int and name != "seed" and value < 1:
+            raise ArgumentError(f"{name} = {value}: must be at least 1")
+        if name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
+            raise ArgumentError(f"{name} = {value}: must be from 0 to 1")
+    # Half of the steps may be resets.
+    if args.num_minibatches > args.num_envs * (args.num_steps // 2):
+        raise ArgumentError(f"num_minibatches = {args.num_minibatches}: more than valid steps")
 
 
-def make_envs(args: Args, num_envs: int) -> VectorEnv:
-    """Environments with flat observations. Actions may be out of bounds, and are clipped."""
+def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
+    """Environments with flat observations, which clip actions to their bounds."""
     envs = gym.make_vec(args.env_id, num_envs)
     # Rollouts rely on a reset that comes in the step after an episode's end.
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
+        raise ArgumentError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
     if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
-        envs = wrappers.FlattenObservation(envs)
+        envs = gym.wrappers.vector.FlattenObservation(envs)
 
     space: Any = envs.action_space  # of all environments together
-    continuous = isinstance(space, gym.spaces.Box) and space.dtype in (np.float32, np.float64)
+    continuous = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
     if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
-        raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
+        raise ArgumentError(f"env_id = {args.env_id}: needs Discrete or float actions")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
         # The policy's actions are flat, know no bounds, and count from 0.
@@ -96,16 +91,18 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
 
-    return wrappers.TransformAction(envs, to_space)
+    return gym.wrappers.vector.TransformAction(envs, to_space)
 
 
-def mlp(num_inputs: int, num_outputs: int, output_gain: float) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units, with orthogonal initial weights."""
-    layers = [nn.Linear(num_inputs, 64), nn.Linear(64, 64), nn.Linear(64, num_outputs)]
-    for layer, gain in zip(layers, (2**0.5, 2**0.5, output_gain)):
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units."""
+    return nn.Sequential(
+        nn.Linear(num_inputs, 64),
+        nn.Tanh(),
+        nn.Linear(64, 64),
+        nn.Tanh(),
+        nn.Linear(64, num_outputs),
+    )
 
 
 def average(x: Tensor) -> Tensor:
@@ -144,13 +141,13 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # saved, for Agent(*config)
+        self.config = (num_inputs, num_actions, continuous, normalize)  # for Agent(*config)
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
         self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
-        self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
-        self.critic = mlp(num_inputs, 1, output_gain=1.0)
+        self.actor = mlp(num_inputs, num_actions)
+        self.critic = mlp(num_inputs, 1)
         if continuous:
             # In the actor, so that actor.parameters() is the whole policy.
             self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
@@ -178,7 +175,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
-        """An action at each observation: the most likely one if greedy, else a sample."""
+        """An action at each observation: a sample, or the most likely one if greedy."""
         policy: Any = self.policy(obs)
         if greedy:
             action = policy.mode
@@ -194,31 +191,32 @@ class Agent(nn.Module):
 class Rollout(NamedTuple):
     """T steps of N environments.
 
-    Gymnasium resets an environment in the step after an episode's end. That step ignores its
-    action, and is not valid as training data.
+    Gymnasium resets an environment in the step after an episode's end.
+    That step ignores its action, and is not valid as training data.
     """
 
     valid: np.ndarray  # (T, N), bool: False where the step only resets
     obs: np.ndarray  # (T, N, D)
     actions: np.ndarray  # (T, N) or (T, N, A), as sampled
-    next_obs: np.ndarray  # (T, N, D): the observation after actions[t], also at an episode's end
+    next_obs: np.ndarray  # (T, N, D): after actions[t], also at an episode's end
     rewards: np.ndarray  # (T, N)
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
     episode_returns: np.ndarray  # (T, N): the sum of the episode's rewards so far
 
 
-def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, episode_return, num_steps: int):
-    """Continues from obs (N, D) for num_steps steps. Returns a Rollout.
+def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: int) -> Rollout:
+    """Continues from obs (N, D) for num_steps steps.
 
-    done (N,) marks environments that the first step only resets. episode_return (N,) has the sum
-    of each episode's rewards so far.
+    done (N,) marks environments that the first step only resets.
+    episode_return (N,) has the sum of each episode's rewards so far.
     """
     steps = []  # each a Rollout without the axis T
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
-        next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
+        outcome = envs.step(actions)[:4]
+        next_obs, rewards, terminations, truncations = [x.copy() for x in outcome]
         episode_return = np.where(done, 0.0, episode_return + rewards)
         step = (~done, obs, actions, next_obs, rewards, terminations, truncations, episode_return)
         steps.append(Rollout(*step))
@@ -230,15 +228,15 @@ def collect_rollout(agent: Agent, envs: VectorEnv, obs, done, episode_return, nu
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, terminations and truncations are (T, N) or (T,). values has T + 1 rows, the last
-    is V of the state after the rollout. Floats are float32 or float64, flags bool.
+    rewards, terminations and truncations are (T, N) or (T,). values has T + 1 rows, the
+    last is V of the state after the rollout. Floats are float32 or float64, flags bool.
     Returns advantages and returns, both shaped like rewards.
     """
     gamma, gae_lambda = float(gamma), float(gae_lambda)  # NumPy's float64 would promote float32
     advantages = np.zeros_like(rewards)
     last_gae = np.zeros_like(values[-1])
     for t in reversed(range(len(rewards))):
-        # After a termination the value is 0. After a truncation it counts, but the sum is cut.
+        # After a termination V is 0. After a truncation it counts, but the sum is cut.
         delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
         done = terminations[t] | truncations[t]
         last_gae = delta + gamma * gae_lambda * last_gae * ~done
@@ -271,7 +269,7 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     rewards = rollout.rewards.astype(np.float32)
     ends = (rollout.terminations, rollout.truncations)
     if args.normalize_rewards:
-        # With values of 0 and lambda = 1, GAE's returns are the discounted sums of rewards.
+        # With V = 0 and lambda = 1, GAE's returns are discounted sums of rewards.
         _, sums = compute_gae(rewards, np.zeros_like(values), *ends, args.gamma, 1.0)
         agent.return_stats.update(torch.as_tensor(sums[rollout.valid][:, None]))
         rewards /= agent.return_stats.var.sqrt().item() + 1e-8
@@ -281,41 +279,39 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """A list with one for both the policy and the value function."""
-    return [torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)]
+    """The optimizers of update()."""
+    return [
+        torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True),
+    ]
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Several epochs of minibatch steps. Returns metrics, most of them of the last minibatch."""
+    """Several epochs of minibatches. Returns metrics, most of the last minibatch."""
     optimizer = optimizers[0]
-    parameters = list(agent.parameters())
+    advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
     with torch.no_grad():
         old_log_probs = agent.policy(batch.obs).log_prob(batch.actions)
-
     for _ in range(args.update_epochs):
         for rows in torch.randperm(len(batch.obs)).tensor_split(args.num_minibatches):
-            mb = Batch(*(column[rows] for column in batch))
-            advantages = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
-            policy = agent.policy(mb.obs)
-            log_ratio = policy.log_prob(mb.actions) - old_log_probs[rows]
+            policy = agent.policy(batch.obs[rows])
+            log_ratio = policy.log_prob(batch.actions[rows]) - old_log_probs[rows]
             ratio = log_ratio.exp()
             clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-            value_loss = 0.5 * ((agent.value(mb.obs) - mb.returns) ** 2).mean()
+            objective = torch.min(ratio * advantages[rows], clipped_ratio * advantages[rows])
+            policy_loss = -objective.mean()
+            value_loss = 0.5 * ((agent.value(batch.obs[rows]) - batch.returns[rows]) ** 2).mean()
             entropy = policy.entropy().mean()
             loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-
             optimizer.zero_grad()
             loss.backward()
-            gradients: list = [parameter.grad for parameter in parameters]
-            vector_to_parameters(average(parameters_to_vector(gradients)), gradients)
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            gradients: list = [parameter.grad for parameter in agent.parameters()]
+            mean = average(nn.utils.parameters_to_vector(gradients))
+            nn.utils.vector_to_parameters(mean, gradients)
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-
-        with torch.no_grad():
-            # Estimates KL(pi_old, pi), is never negative: http://joschu.net/blog/kl-approx.html
-            approx_kl = (ratio - 1 - log_ratio).mean()
-            approx_kl = average(approx_kl)  # so that all processes stop after the same epoch
+        # An estimate of KL(pi_old, pi), never negative: http://joschu.net/blog/kl-approx.html
+        approx_kl = (ratio - 1 - log_ratio).mean().detach()
+        approx_kl = average(approx_kl)  # so that all processes stop after the same epoch
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
 
@@ -332,7 +328,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, cut after total_timesteps steps together."""
+    """Mean return of greedy episodes, cut after total_timesteps steps together."""
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
@@ -345,7 +341,7 @@ def evaluate(agent: Agent, args: Args) -> float:
         running &= ~(terminations | truncations)
     envs.close()
     if running.any():
-        print(f"Evaluation was cut: after {steps} steps {running.sum()} episodes had not ended")
+        print(f"Evaluation was cut after {steps} steps, in {running.sum()} episodes")
     return returns.mean().item()
 
 
@@ -370,7 +366,7 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 
 
 def load(path: str, agent: Agent, optimizers: list) -> int:
-    """Restores the agent and the optimizers from a checkpoint. Returns its global_step."""
+    """Restores agent and optimizers from a checkpoint. Returns its global_step."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
@@ -378,10 +374,10 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     return checkpoint["global_step"]
 
 
-def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
+def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # in the whole process: small networks gain nothing from more
+    torch.set_num_threads(1)  # in the whole process: small networks need no more
     # FlattenObservation makes Discrete observations one-hot.
     one_hot = isinstance(envs.unwrapped.single_observation_space, gym.spaces.Discrete)
     agent = Agent(
@@ -401,9 +397,7 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
     obs, _ = envs.reset(seed=args.seed + global_step)
     done = np.zeros(args.num_envs, bool)
     episode_return = np.zeros(args.num_envs)
-    progress = tqdm(
-        total=args.total_timesteps, initial=global_step, unit=" steps", disable=dist.get_rank() > 0
-    )
+    progress = tqdm(total=args.total_timesteps, initial=global_step, disable=dist.get_rank() > 0)
     iteration = 0
 
     while global_step < args.total_timesteps:
@@ -423,7 +417,7 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
         episode_return = rollout.episode_returns[-1]
         batch = estimate_advantages(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # last, so that learning has the inputs that acting had
+        agent.obs_stats.update(batch.obs)  # last: learning had acting's inputs
         # One process's number that is not finite makes the average so: all processes stop.
         averages = average(torch.tensor([len(batch.obs), *metrics.values()], device=args.device))
         metrics = dict(zip(metrics, averages[1:].tolist()))
@@ -457,10 +451,10 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
 
 
 def train(args: Args) -> float:
-    """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
-    check_args(args)
+    """Trains an agent in a new folder of runs/. Logs to W&B if args.track is set."""
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
     args = Args(**json.loads(args_json))  # a caller may pass NumPy scalars
+    check_args(args)
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
@@ -474,7 +468,6 @@ def train(args: Args) -> float:
 
     with wandb.init(
         project=args.wandb_project_name,
-        entity=args.wandb_entity,
         name=run_name,
         config=vars(args),
         save_code=True,

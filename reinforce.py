@@ -9,7 +9,7 @@ Run: python reinforce.py --env-id CartPole-v1
 import json
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import VectorEnv
-from gymnasium.wrappers import vector as wrappers
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
@@ -31,14 +29,13 @@ class Args:
     device: str = "cpu"  # device of the networks: cpu or cuda
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
-    wandb_entity: str | None = None  # W&B user or team
     eval_episodes: int = 100  # greedy episodes after training
     save_interval: int = 10  # iterations between checkpoints
     resume: str | None = None  # checkpoint to start from
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
-    num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = False  # to mean 0 and deviation 1, but not one-hot ones
+    num_envs: int = 4  # environments stepped in parallel
+    normalize_observations: bool = False  # but not one-hot ones
     normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
 
     total_timesteps: int = 200_000  # steps of all environments together
@@ -46,7 +43,7 @@ class Args:
     reward_to_go: bool = True  # weight an action by the rewards after it, not by all rewards
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
-    learning_rate: float = 2e-3  # Adam's learning rate
+    learning_rate: float = 3e-3  # Adam's learning rate
 
 
 class ArgumentError(ValueError):
@@ -55,28 +52,27 @@ class ArgumentError(ValueError):
 
 def check_args(args: Args) -> None:
     """Raises ArgumentError for values that cannot work."""
-    for field in fields(args):
-        value = getattr(args, field.name)
-        if field.type is int and field.name != "seed" and value < 1:
-            raise ArgumentError(f"{field.name} = {value}: must be at least 1")
-    if not 0 <= args.gamma <= 1:
-        raise ArgumentError(f"gamma = {args.gamma}: must be from 0 to 1")
+    for name, value in vars(args).items():
+        if Args.__annotations__[name] is int and name != "seed" and value < 1:
+            raise ArgumentError(f"{name} = {value}: must be at least 1")
+        if name == "gamma" and not 0 <= value <= 1:
+            raise ArgumentError(f"{name} = {value}: must be from 0 to 1")
 
 
-def make_envs(args: Args, num_envs: int) -> VectorEnv:
-    """Environments with flat observations. Actions may be out of bounds, and are clipped."""
+def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
+    """Environments with flat observations, which clip actions to their bounds."""
     envs = gym.make_vec(args.env_id, num_envs)
     # Rollouts rely on a reset that comes in the step after an episode's end.
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise ArgumentError(f"env_id = {args.env_id}: its autoreset mode is not NEXT_STEP")
+        raise ArgumentError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
     if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
-        envs = wrappers.FlattenObservation(envs)
+        envs = gym.wrappers.vector.FlattenObservation(envs)
 
     space: Any = envs.action_space  # of all environments together
-    continuous = isinstance(space, gym.spaces.Box) and space.dtype in (np.float32, np.float64)
+    continuous = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
     if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
-        raise ArgumentError(f"env_id = {args.env_id}: actions are neither Discrete nor floats")
+        raise ArgumentError(f"env_id = {args.env_id}: needs Discrete or float actions")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
         # The policy's actions are flat, know no bounds, and count from 0.
@@ -84,16 +80,18 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
 
-    return wrappers.TransformAction(envs, to_space)
+    return gym.wrappers.vector.TransformAction(envs, to_space)
 
 
-def mlp(num_inputs: int, num_outputs: int, output_gain: float) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units, with orthogonal initial weights."""
-    layers = [nn.Linear(num_inputs, 64), nn.Linear(64, 64), nn.Linear(64, num_outputs)]
-    for layer, gain in zip(layers, (2**0.5, 2**0.5, output_gain)):
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units."""
+    return nn.Sequential(
+        nn.Linear(num_inputs, 64),
+        nn.Tanh(),
+        nn.Linear(64, 64),
+        nn.Tanh(),
+        nn.Linear(64, num_outputs),
+    )
 
 
 class RunningMeanStd(nn.Module):
@@ -124,12 +122,12 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # saved, for Agent(*config)
+        self.config = (num_inputs, num_actions, continuous, normalize)  # for Agent(*config)
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
         self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
-        self.actor = mlp(num_inputs, num_actions, output_gain=0.01)
+        self.actor = mlp(num_inputs, num_actions)
         if continuous:
             # In the actor, so that actor.parameters() is the whole policy.
             self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
@@ -153,7 +151,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
-        """An action at each observation: the most likely one if greedy, else a sample."""
+        """An action at each observation: a sample, or the most likely one if greedy."""
         policy: Any = self.policy(obs)
         if greedy:
             action = policy.mode
@@ -175,7 +173,7 @@ class Rollout(NamedTuple):
     rewards: np.ndarray  # (T, N), 0 after an episode's end
 
 
-def collect_rollout(agent: Agent, envs: VectorEnv, args: Args) -> Rollout:
+def collect_rollout(agent: Agent, envs, args: Args) -> Rollout:
     """Plays one episode in each environment."""
     obs, _ = envs.reset()
     obs = obs.copy()  # some environments reuse the arrays that they return
@@ -218,8 +216,10 @@ def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """One for the policy."""
-    return [torch.optim.Adam(agent.actor.parameters(), args.learning_rate, eps=1e-5, fused=True)]
+    """The optimizers of update()."""
+    return [
+        torch.optim.Adam(agent.actor.parameters(), args.learning_rate, eps=1e-5, fused=True),
+    ]
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
@@ -239,7 +239,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of eval_episodes greedy episodes, cut after total_timesteps steps together."""
+    """Mean return of greedy episodes, cut after total_timesteps steps together."""
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
@@ -252,7 +252,7 @@ def evaluate(agent: Agent, args: Args) -> float:
         running &= ~(terminations | truncations)
     envs.close()
     if running.any():
-        print(f"Evaluation was cut: after {steps} steps {running.sum()} episodes had not ended")
+        print(f"Evaluation was cut after {steps} steps, in {running.sum()} episodes")
     return returns.mean().item()
 
 
@@ -277,7 +277,7 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 
 
 def load(path: str, agent: Agent, optimizers: list) -> int:
-    """Restores the agent and the optimizers from a checkpoint. Returns its global_step."""
+    """Restores agent and optimizers from a checkpoint. Returns its global_step."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
@@ -285,10 +285,10 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     return checkpoint["global_step"]
 
 
-def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
+def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # in the whole process: small networks gain nothing from more
+    torch.set_num_threads(1)  # in the whole process: small networks need no more
     # FlattenObservation makes Discrete observations one-hot.
     one_hot = isinstance(envs.unwrapped.single_observation_space, gym.spaces.Discrete)
     agent = Agent(
@@ -319,7 +319,7 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
         rollout = collect_rollout(agent, envs, args)
         batch = compute_returns(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # last, so that learning has the inputs that acting had
+        agent.obs_stats.update(batch.obs)  # last: learning had acting's inputs
         steps = len(batch.obs)
         global_step += steps
 
@@ -345,10 +345,10 @@ def learn(args: Args, envs: VectorEnv, run_dir: Path, wandb_run: Any = None) -> 
 
 
 def train(args: Args) -> float:
-    """Trains an agent in a new folder of runs/, and tracks it in W&B if args.track is set."""
-    check_args(args)
+    """Trains an agent in a new folder of runs/. Logs to W&B if args.track is set."""
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
     args = Args(**json.loads(args_json))  # a caller may pass NumPy scalars
+    check_args(args)
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-").replace(":", "-"))
@@ -360,7 +360,6 @@ def train(args: Args) -> float:
 
     with wandb.init(
         project=args.wandb_project_name,
-        entity=args.wandb_entity,
         name=run_name,
         config=vars(args),
         save_code=True,

@@ -146,7 +146,7 @@ OBSERVATIONS = {
 }
 ACTIONS = {
     "Echo": Box(-0.5, 0.25, (2, 3)),
-    "Double": Box(-1, 1, (2,), np.float64),
+    "Double": Box(-0.5, 0.5, (2,), np.float64),
     "FromMinusOne": Discrete(3, start=-1),
 }
 REFUSED = {

@@ -122,10 +122,9 @@ def surrogate(parameters, batch, old_parameters):
 
 def clipped_loss(parameters, batch, old_parameters, eps):
     """-E[min(r A, clip(r) A)]. Where A > 0 only r > 1 + eps is clipped, else only r < 1 - eps."""
-    advantages = standardize(batch.advantages)
     r = ratios(parameters, batch, old_parameters)
-    r = np.where(advantages > 0, np.minimum(r, 1 + eps), np.maximum(r, 1 - eps))
-    return -np.mean(r * advantages)
+    r = np.where(batch.advantages > 0, np.minimum(r, 1 + eps), np.maximum(r, 1 - eps))
+    return -np.mean(r * batch.advantages)
 
 
 def approx_kl(r):

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from fuzz_gae import agrees, random_case, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from random_rollouts import agrees, random_case, same_bits
 
 from gae_kernel import compute_gae
 from vpg import compute_gae_python
