@@ -35,8 +35,8 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # but not one-hot ones
-    normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
+    normalize_observations: bool = True  # Discrete ones never are
+    normalize_rewards: bool = True  # so that returns have standard deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
     num_steps: int = 128  # steps of each environment in a rollout
@@ -50,7 +50,7 @@ class Args:
     num_minibatches: int = 8  # minibatches in an epoch
     clip_coef: float = 0.2  # eps of the clipped objective
     vf_coef: float = 0.5  # weight of the value loss
-    target_kl: float | None = None  # stop the epochs once the KL divergence is larger
+    target_kl: float | None = None  # stop the epochs once the KL divergence exceeds it
 
 
 class ArgumentError(ValueError):
@@ -60,13 +60,14 @@ class ArgumentError(ValueError):
 def check_args(args: Args) -> None:
     """Raises ArgumentError for values that cannot work."""
     for name, value in vars(args).items():
+        # All integers but the seed are counts.
         if Args.__annotations__[name] is int and name != "seed" and value < 1:
             raise ArgumentError(f"{name} = {value}: must be at least 1")
         if name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
             raise ArgumentError(f"{name} = {value}: must be from 0 to 1")
-    # Half of the steps may be resets.
+    # At worst, every second step is a reset.
     if args.num_minibatches > args.num_envs * (args.num_steps // 2):
-        raise ArgumentError(f"num_minibatches = {args.num_minibatches}: more than valid steps")
+        raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
@@ -79,7 +80,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
         envs = gym.wrappers.vector.FlattenObservation(envs)
 
-    space: Any = envs.action_space  # of all environments together
+    space: Any = envs.action_space  # with a row for each environment
     continuous = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
     if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
         raise ArgumentError(f"env_id = {args.env_id}: needs Discrete or float actions")
@@ -120,7 +121,7 @@ class RunningMeanStd(nn.Module):
         weight = len(rows) / self.count
         delta = rows.mean(0) - self.mean
         self.mean += weight * delta
-        # The weighted mean of both variances, plus the variance between both means
+        # The weighted mean of the two variances, plus the spread of the two means
         self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
 
 
@@ -157,6 +158,7 @@ class Agent(nn.Module):
         # Not validated, because that takes almost as long as the network does.
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
+            # Independent sums log_prob and entropy over the dimensions of an action.
             return Independent(Normal(outputs, std, validate_args=False), 1)
         return Categorical(logits=outputs, validate_args=False)
 
@@ -173,7 +175,8 @@ class Agent(nn.Module):
         elif self.continuous:
             action = policy.sample()
         else:
-            # The Gumbel-max trick, which is faster than Categorical's own sample().
+            # Gumbel-max trick: the largest of logits + Gumbel noise is a sample.
+            # It is faster than Categorical's own sample().
             noise = -torch.empty_like(policy.logits).exponential_().log()
             action = (policy.logits + noise).argmax(-1)
         return action.cpu().numpy()
@@ -189,7 +192,7 @@ class Rollout(NamedTuple):
     valid: np.ndarray  # (T, N), bool: False where the step only resets
     obs: np.ndarray  # (T, N, D)
     actions: np.ndarray  # (T, N) or (T, N, A), as sampled
-    next_obs: np.ndarray  # (T, N, D): after actions[t], also at an episode's end
+    next_obs: np.ndarray  # (T, N, D): after actions[t], before any reset
     rewards: np.ndarray  # (T, N)
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
@@ -199,35 +202,37 @@ class Rollout(NamedTuple):
 def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: int) -> Rollout:
     """Continues from obs (N, D) for num_steps steps.
 
-    done (N,) marks environments that the first step only resets.
+    done (N,) marks ended episodes, whose environments the first step only resets.
     episode_return (N,) has the sum of each episode's rewards so far.
     """
     steps = []  # each a Rollout without the axis T
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
-        outcome = envs.step(actions)[:4]
+        outcome = envs.step(actions)[:4]  # without infos
         next_obs, rewards, terminations, truncations = [x.copy() for x in outcome]
         episode_return = np.where(done, 0.0, episode_return + rewards)
         step = (~done, obs, actions, next_obs, rewards, terminations, truncations, episode_return)
         steps.append(Rollout(*step))
         obs = next_obs
         done = terminations | truncations
+    # From T steps of 8 fields to 8 arrays with T rows
     return Rollout(*(np.stack(column) for column in zip(*steps)))
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, terminations and truncations are (T, N) or (T,). values has T + 1 rows, the
-    last is V of the state after the rollout. Floats are float32 or float64, flags bool.
+    rewards, terminations and truncations are (T, N) or (T,). values has one row more,
+    which is V of the states after the rollout. Floats are float32 or float64, flags bool.
     Returns advantages and returns, both shaped like rewards.
     """
-    gamma, gae_lambda = float(gamma), float(gae_lambda)  # NumPy's float64 would promote float32
+    # Python's floats, because NumPy's float64 would turn float32 arrays into float64.
+    gamma, gae_lambda = float(gamma), float(gae_lambda)
     advantages = np.zeros_like(rewards)
     last_gae = np.zeros_like(values[-1])
     for t in reversed(range(len(rewards))):
-        # After a termination V is 0. After a truncation it counts, but the sum is cut.
+        # V is 0 after a termination, but not after a truncation. Both end the sum.
         delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
         done = terminations[t] | truncations[t]
         last_gae = delta + gamma * gae_lambda * last_gae * ~done
@@ -253,7 +258,7 @@ class Batch(NamedTuple):
 
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     """Returns the valid steps, with advantages and returns."""
-    # obs[t + 1] is next_obs[t], so that only the last one is missing.
+    # obs[t + 1] is next_obs[t], so only the last next_obs has to be added.
     obs = np.concatenate([rollout.obs, rollout.next_obs[-1:]])
     with torch.no_grad():
         values = agent.value(obs).cpu().numpy()
@@ -261,23 +266,23 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     ends = (rollout.terminations, rollout.truncations)
     if args.normalize_rewards:
         # With V = 0 and lambda = 1, GAE's returns are discounted sums of rewards.
-        _, sums = compute_gae(rewards, np.zeros_like(values), *ends, args.gamma, 1.0)
-        agent.return_stats.update(torch.as_tensor(sums[rollout.valid][:, None]))
-        rewards /= agent.return_stats.var.sqrt().item() + 1e-8
+        _, raw_returns = compute_gae(rewards, np.zeros_like(values), *ends, args.gamma, 1.0)
+        agent.return_stats.update(torch.as_tensor(raw_returns[rollout.valid][:, None]))
+        rewards /= torch.sqrt(agent.return_stats.var + 1e-8).item()
     advantages, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
     columns = (rollout.obs, rollout.actions, advantages, returns)
     return Batch(*(torch.as_tensor(x[rollout.valid], device=args.device) for x in columns))
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """The optimizers of update()."""
+    """A list, because some algorithms have an optimizer for each network."""
     return [
         torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True),
     ]
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Several epochs of minibatches. Returns metrics, most of the last minibatch."""
+    """Runs several epochs of minibatches. Returns metrics of the last minibatch."""
     optimizer = optimizers[0]
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
     with torch.no_grad():
@@ -297,12 +302,12 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-        # An estimate of KL(pi_old, pi), never negative: http://joschu.net/blog/kl-approx.html
+        # KL(pi_old, pi) of the last minibatch: http://joschu.net/blog/kl-approx.html
         approx_kl = (ratio - 1 - log_ratio).mean().detach()
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
 
-    # The advantages are the errors of the old values: returns = advantages + values.
+    # returns = advantages + values: the advantages are what the old values did not explain.
     unexplained = batch.advantages.var() / (batch.returns.var() + 1e-8)
     return {
         "losses/policy_loss": policy_loss.item(),
@@ -315,7 +320,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of greedy episodes, cut after total_timesteps steps together."""
+    """Mean return of greedy episodes. Stops after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
@@ -328,7 +333,7 @@ def evaluate(agent: Agent, args: Args) -> float:
         running &= ~(terminations | truncations)
     envs.close()
     if running.any():
-        print(f"Evaluation was cut after {steps} steps, in {running.sum()} episodes")
+        print(f"Evaluation stopped after {steps} steps, in {running.sum()} episodes")
     return returns.mean().item()
 
 
@@ -401,7 +406,8 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         episode_return = rollout.episode_returns[-1]
         batch = estimate_advantages(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # last: learning had acting's inputs
+        # Only now, because acting and learning must see the same statistics
+        agent.obs_stats.update(batch.obs)
         steps = len(batch.obs)
         global_step += steps
 
@@ -429,8 +435,9 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
 
 def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/. Logs to W&B if args.track is set."""
+    # JSON turns NumPy scalars, which a caller may pass, into Python's numbers.
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
-    args = Args(**json.loads(args_json))  # a caller may pass NumPy scalars
+    args = Args(**json.loads(args_json))
     check_args(args)
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"

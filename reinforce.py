@@ -35,8 +35,8 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 4  # environments stepped in parallel
-    normalize_observations: bool = False  # but not one-hot ones
-    normalize_rewards: bool = True  # scale rewards so that returns have deviation 1
+    normalize_observations: bool = False  # Discrete ones never are
+    normalize_rewards: bool = True  # so that returns have standard deviation 1
 
     total_timesteps: int = 200_000  # steps of all environments together
     gamma: float = 0.99  # discount factor
@@ -53,6 +53,7 @@ class ArgumentError(ValueError):
 def check_args(args: Args) -> None:
     """Raises ArgumentError for values that cannot work."""
     for name, value in vars(args).items():
+        # All integers but the seed are counts.
         if Args.__annotations__[name] is int and name != "seed" and value < 1:
             raise ArgumentError(f"{name} = {value}: must be at least 1")
         if name == "gamma" and not 0 <= value <= 1:
@@ -69,7 +70,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
         envs = gym.wrappers.vector.FlattenObservation(envs)
 
-    space: Any = envs.action_space  # of all environments together
+    space: Any = envs.action_space  # with a row for each environment
     continuous = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
     if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
         raise ArgumentError(f"env_id = {args.env_id}: needs Discrete or float actions")
@@ -110,7 +111,7 @@ class RunningMeanStd(nn.Module):
         weight = len(rows) / self.count
         delta = rows.mean(0) - self.mean
         self.mean += weight * delta
-        # The weighted mean of both variances, plus the variance between both means
+        # The weighted mean of the two variances, plus the spread of the two means
         self.var += weight * (rows.var(0, correction=0) - self.var + (1 - weight) * delta**2)
 
 
@@ -146,6 +147,7 @@ class Agent(nn.Module):
         # Not validated, because that takes almost as long as the network does.
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
+            # Independent sums log_prob and entropy over the dimensions of an action.
             return Independent(Normal(outputs, std, validate_args=False), 1)
         return Categorical(logits=outputs, validate_args=False)
 
@@ -158,7 +160,8 @@ class Agent(nn.Module):
         elif self.continuous:
             action = policy.sample()
         else:
-            # The Gumbel-max trick, which is faster than Categorical's own sample().
+            # Gumbel-max trick: the largest of logits + Gumbel noise is a sample.
+            # It is faster than Categorical's own sample().
             noise = -torch.empty_like(policy.logits).exponential_().log()
             action = (policy.logits + noise).argmax(-1)
         return action.cpu().numpy()
@@ -184,7 +187,7 @@ def collect_rollout(agent: Agent, envs, args: Args) -> Rollout:
             raise ArgumentError(f"env_id = {args.env_id}: episodes outlast total_timesteps")
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
-        # Environments that are done go on until all are, but those steps do not count.
+        # Ended environments step on until all have ended. Those steps do not count.
         steps.append(Rollout(~done, obs, actions, np.where(done, 0.0, rewards)))
         obs = next_obs
         done = done | terminations | truncations
@@ -200,7 +203,7 @@ class Batch(NamedTuple):
 
 
 def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Returns the valid steps, with their discounted returns. A truncation ends them, too."""
+    """Returns the valid steps, with discounted returns, which end at a truncation, too."""
     returns = np.zeros_like(rollout.rewards)
     discounted_return = 0.0
     for t in reversed(range(len(returns))):
@@ -208,7 +211,7 @@ def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
         returns[t] = discounted_return
     if args.normalize_rewards:
         agent.return_stats.update(torch.as_tensor(returns[rollout.valid][:, None]))
-        returns /= agent.return_stats.var.sqrt().item() + 1e-8
+        returns /= torch.sqrt(agent.return_stats.var + 1e-8).item()
     if not args.reward_to_go:
         returns[:] = returns[0]  # every action gets the return of the whole episode
     columns = (rollout.obs, rollout.actions, returns.astype(np.float32))
@@ -216,7 +219,7 @@ def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """The optimizers of update()."""
+    """A list, because some algorithms have an optimizer for each network."""
     return [
         torch.optim.Adam(agent.actor.parameters(), args.learning_rate, eps=1e-5, fused=True),
     ]
@@ -239,7 +242,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of greedy episodes, cut after total_timesteps steps together."""
+    """Mean return of greedy episodes. Stops after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
@@ -252,7 +255,7 @@ def evaluate(agent: Agent, args: Args) -> float:
         running &= ~(terminations | truncations)
     envs.close()
     if running.any():
-        print(f"Evaluation was cut after {steps} steps, in {running.sum()} episodes")
+        print(f"Evaluation stopped after {steps} steps, in {running.sum()} episodes")
     return returns.mean().item()
 
 
@@ -302,7 +305,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     if args.resume:
         global_step = load(args.resume, agent, optimizers)
         torch.manual_seed(args.seed + global_step)  # not the same random numbers again
-    envs.reset(seed=args.seed + global_step)  # seeds them, collect_rollout resets them again
+    envs.reset(seed=args.seed + global_step)  # only seeds: each rollout resets again
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     iteration = 0
 
@@ -319,7 +322,8 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         rollout = collect_rollout(agent, envs, args)
         batch = compute_returns(agent, rollout, args)
         metrics = update(agent, optimizers, batch, args)
-        agent.obs_stats.update(batch.obs)  # last: learning had acting's inputs
+        # Only now, because acting and learning must see the same statistics
+        agent.obs_stats.update(batch.obs)
         steps = len(batch.obs)
         global_step += steps
 
@@ -346,8 +350,9 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
 
 def train(args: Args) -> float:
     """Trains an agent in a new folder of runs/. Logs to W&B if args.track is set."""
+    # JSON turns NumPy scalars, which a caller may pass, into Python's numbers.
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
-    args = Args(**json.loads(args_json))  # a caller may pass NumPy scalars
+    args = Args(**json.loads(args_json))
     check_args(args)
     envs = make_envs(args, args.num_envs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"

@@ -229,14 +229,14 @@ def test_evaluation_ends_each_episode_once(total_timesteps, capsys):
     """Episodes of 1 to 4 steps with reward 1. All that comes after pays 1000."""
     score = evaluate(ppo, "Once-v0", eval_episodes=4, total_timesteps=total_timesteps)
     assert score == 2.5
-    assert "cut" not in capsys.readouterr().out
+    assert "stopped" not in capsys.readouterr().out
 
 
 def test_evaluation_takes_no_more_steps_than_training_and_says_so(capsys):
     before = Steady.steps
     assert evaluate(ppo, "Endless-v0", eval_episodes=3, total_timesteps=50) == 17
     assert Steady.steps - before == 51
-    told = "Evaluation was cut after 51 steps, in 3 episodes\n"
+    told = "Evaluation stopped after 51 steps, in 3 episodes\n"
     assert capsys.readouterr().out == told
 
 
