@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -26,7 +26,7 @@ from tqdm import tqdm
 class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # seed of parameters, actions and environments
-    device: str = "cpu"  # device of the networks: cpu or cuda
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks are
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     eval_episodes: int = 100  # greedy episodes after training
@@ -65,6 +65,10 @@ def check_args(args: Args) -> None:
             raise ArgumentError(f"{name} = {value}: must be at least 1")
         if name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
             raise ArgumentError(f"{name} = {value}: must be from 0 to 1")
+        if Args.__annotations__[name] is float and not value >= 0:
+            raise ArgumentError(f"{name} = {value}: must be at least 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("device = cuda: PyTorch finds no GPU")
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
@@ -409,6 +413,8 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores agent and optimizers from a checkpoint. Returns its global_step."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["agent_config"] != agent.config:
+        raise ArgumentError(f"resume = {path}: its agent is another, for another environment")
     agent.load_state_dict(checkpoint["agent"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(state)

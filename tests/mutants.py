@@ -148,6 +148,8 @@ MUTANTS = [
     (TRAINING, 'and name != "seed"', ""),
     (TRAINING, "not 0 <= ", "not -1 <= "),
     (TRAINING, "<= value <= 1:", "<= value <= 2:"),
+    (TRAINING, "is float and not value >= 0", "is float and value < -1"),
+    (RUNS, 'checkpoint["agent_config"] != agent.config', "False"),
     (TRAINING, "if args.num_minibatches >", "if args.num_minibatches + 1 >"),
     (TRAINING, "if args.num_minibatches >", "if args.num_minibatches - 1 >"),
     (TRAINING, 'envs.metadata.get("autoreset_mode") != gym', "False and gym"),

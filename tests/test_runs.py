@@ -180,6 +180,13 @@ def test_resuming_goes_on_from_what_was_saved(script, monkeypatch):
     assert {path: path.read_bytes() for path in old.iterdir()} == files
 
 
+def test_a_checkpoint_for_another_environment_is_refused():
+    ppo.train(arguments(ppo, "Echo-v0", **SMALL))
+    path = str(only_run() / "checkpoint.pt")
+    with pytest.raises(ppo.ArgumentError, match=f"resume = {path}: .* another environment"):
+        ppo.train(arguments(ppo, "CartPole-v1", **SMALL, resume=path))
+
+
 def test_checkpoints_are_written_every_save_interval_and_at_the_end(monkeypatch):
     saved = []
     spy(monkeypatch, ppo, "save", lambda *a: saved.append(a[3]))

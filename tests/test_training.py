@@ -92,6 +92,9 @@ REFUSALS = [
     ("gamma", -0.1, "from 0 to 1"),
     ("gae_lambda", 1.01, "from 0 to 1"),
     ("gae_lambda", math.nan, "from 0 to 1"),
+    ("learning_rate", -0.1, "at least 0"),
+    ("max_grad_norm", math.nan, "at least 0"),
+    ("device", "cuda", "finds no GPU"),
     ("num_minibatches", 513, "too many for a rollout"),
 ]
 
@@ -107,6 +110,7 @@ REFUSALS = [
 )
 def test_what_cannot_work_is_refused_by_name(script, name, value, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(script.ArgumentError, match=f"^({name} = {value}: )?.*{message}"):
         script.train(script.Args(**{name: value}))
     assert not [*tmp_path.glob("runs/*/metrics.jsonl")]
