@@ -34,7 +34,7 @@ class Args:
     resume: str | None = None  # checkpoint to start from
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
-    num_envs: int = 4  # environments stepped in parallel
+    num_envs: int = 8  # environments stepped in parallel
     normalize_observations: bool = False  # Discrete ones never are
     normalize_rewards: bool = True  # so that returns have standard deviation 1
 
@@ -43,7 +43,7 @@ class Args:
     reward_to_go: bool = True  # weight an action by the rewards after it, not by all rewards
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
-    learning_rate: float = 3e-3  # Adam's learning rate
+    learning_rate: float = 2e-3  # Adam's learning rate
 
 
 class ArgumentError(ValueError):
@@ -133,6 +133,10 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd(num_inputs)
         self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
         self.actor = mlp(num_inputs, num_actions)
+        # From PyTorch's own initial weights a fifth of the seeds do not solve CartPole.
+        for layer, gain in zip(self.actor[::2], (2**0.5, 2**0.5, 0.01)):
+            nn.init.orthogonal_(layer.get_parameter("weight"), gain)
+            nn.init.zeros_(layer.get_parameter("bias"))
         if continuous:
             # In the actor, so that actor.parameters() is the whole policy.
             self.actor.log_std = nn.Parameter(torch.full((num_actions,), -0.5))

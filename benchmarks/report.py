@@ -12,15 +12,20 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import tyro
-from common import COLORS, OTHER_COLORS, STYLE, band, interval
+from common import COLORS, OTHER_COLORS, STYLE, interval, table
 from matplotlib.ticker import EngFormatter
 
 POINTS = 50  # of a learning curve
-LOOKS = {program: {"color": color} for program, color in COLORS.items()} | {
-    "eps=0.2": {"color": COLORS["ppo"]},  # ppo.py's own
-}
-Group = dict[tuple[str, str], dict]  # an entry by setting and program
+HEAD = """# What the programs learn
+
+Written by `benchmarks/report.py` from runs of `benchmarks/suite.py`. A return is the mean over
+greedy episodes after training. Below is its mean over seeds with a 95 % bootstrap interval, and the
+lowest seed's. Met by: seeds at the goal or above. Collapsed: seeds whose training returns fell
+below half of an earlier level of 40 % of the goal. Seconds are those of training, the median.
+"""
 
 
 @dataclass
@@ -41,18 +46,19 @@ def read_metrics(run_dirs: list[Path]) -> list[dict[str, float]]:
     return rows
 
 
-def curve(rows: list[dict[str, float]], grid: np.ndarray) -> np.ndarray:
+def curve(rows: list[dict[str, float]], grid: np.ndarray) -> list[float]:
     """Mean returns of the episodes that ended in each iteration, interpolated at steps of grid."""
     name = "charts/episodic_return"
     points = [(row["global_step"], row[name]) for row in rows if name in row]
-    return np.interp(grid, *np.transpose(points)) if points else np.full(len(grid), np.nan)
+    return np.interp(grid, *np.transpose(points)).round(2).tolist() if points else []
 
 
-def collapsed(curves: np.ndarray, goal: float | None) -> int | None:
+def collapsed(entry: dict) -> int | str:
     """Seeds whose mean over five points fell below half of an earlier one of 40 % of the goal."""
-    if goal is None or goal <= 0:
-        return None
-    smooth = np.lib.stride_tricks.sliding_window_view(curves, 5, axis=1).mean(-1)
+    goal = entry["goal"]
+    if goal is None or goal <= 0 or not all(entry["curves"]):
+        return ""
+    smooth = np.lib.stride_tricks.sliding_window_view(entry["curves"], 5, axis=1).mean(-1)
     peaks = np.maximum.accumulate(smooth, axis=1)
     return int(((peaks >= 0.4 * goal) & (smooth < peaks / 2)).any(1).sum())
 
@@ -68,7 +74,7 @@ def training_seconds(rows: list[dict[str, float]]) -> float:
 
 
 def collect(folder: Path) -> dict | None:
-    """The entry of a program in an environment, from its finished runs in FOLDER/SEED."""
+    """The entry of a program in a setting, from its finished runs in FOLDER/SEED."""
     files = sorted(folder.glob("*/result.json"), key=lambda file: int(file.parent.name))
     planned = len(list(folder.glob("*/command.json")))
     if len(files) < planned:
@@ -80,8 +86,7 @@ def collect(folder: Path) -> dict | None:
     for file, run in zip(files, runs):
         histories.append(read_metrics([file.parent / "runs" / part for part in run["parts"]]))
     steps = [rows[-1]["global_step"] for rows in histories]
-    grid = np.linspace(0, min(steps), POINTS + 1)[1:]
-    curves = np.array([curve(rows, grid) for rows in histories])
+    grid = np.linspace(0, min(steps), POINTS + 1)[1:].round()
     return {
         "command": runs[0]["command"],
         "goal": runs[0]["goal"],
@@ -91,9 +96,8 @@ def collect(folder: Path) -> dict | None:
         "returns": [round(run["return"], 4) for run in runs],
         "steps": int(np.median(steps)),
         "seconds": round(float(np.median([training_seconds(rows) for rows in histories])), 1),
-        "grid": grid.round().tolist(),
-        "collapsed": collapsed(curves, runs[0]["goal"]),
-        "curve": interval(curves).round(2).tolist() if np.isfinite(curves).all() else None,
+        "grid": grid.tolist(),
+        "curves": [curve(rows, grid) for rows in histories],
     }
 
 
@@ -102,123 +106,77 @@ def number(value: float) -> str:
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
 
 
-def estimate(returns: list[float]) -> str:
-    mean, low, high = interval(returns)
-    return f"{number(mean)} [{number(low)}, {number(high)}]" if len(returns) > 1 else number(mean)
-
-
-def tables(groups: dict[str, Group]) -> str:
-    """Markdown: for each group what each program reached, then every seed's return."""
-    lines = [
-        "# What the programs learn",
-        "",
-        "Written by `benchmarks/report.py` from runs of `benchmarks/suite.py`. A return is the",
-        "mean over greedy episodes after training. Below is its mean over seeds with a 95 %",
-        "bootstrap interval, and the lowest seed's. Met by: seeds at the goal or above. Collapsed:",
-        "seeds whose training returns fell below half of an earlier level of 40 % of the goal.",
-        "Seconds are those of training alone, the median over seeds.",
-    ]
-    for group, entries in groups.items():
-        settings = list(dict.fromkeys(setting for setting, _ in entries))
-        programs = list(dict.fromkeys(program for _, program in entries))
-        lines += ["", f"## {group}"]
-        if len(settings) > 1 and len(programs) > 1:
-            lines += ["", "| setting | " + " | ".join(programs) + " |"]
-            lines += ["|---" * (len(programs) + 1) + "|"]
-            for setting in settings:
-                found = [entries.get((setting, program)) for program in programs]
-                cells = [estimate(entry["returns"]) if entry else "" for entry in found]
-                lines.append(f"| {setting} | " + " | ".join(cells) + " |")
-        lines += ["", "| setting | program | seeds | mean | lowest | goal | met by | collapsed"]
-        lines[-1] += " | steps | seconds |"
-        lines += ["|---" * 10 + "|"]
-        for (setting, program), entry in entries.items():
-            returns, goal = entry["returns"], entry["goal"]
-            met = "" if goal is None else sum(value >= goal for value in returns)
-            lines.append(
-                f"| {setting} | {program} | {len(returns)} | {estimate(returns)}"
-                f" | {number(min(returns))} | {'' if goal is None else number(goal)} | {met}"
-                f" | {'' if entry['collapsed'] is None else entry['collapsed']}"
-                f" | {entry['steps']:,} | {entry['seconds']:,.1f} |"
-            )
-        lines += [""]
-        for (setting, program), entry in entries.items():
-            returns = ", ".join(map(number, entry["returns"]))
-            lines.append(
-                f"- {program} on {setting}: `{entry['command']}`, seeds from"
-                f" {entry['seeds'][0]} to {entry['seeds'][-1]}: {returns}"
-            )
-        places: dict[str, dict[str, None]] = {}  # commits by machine and versions, in order
-        for place in (place for entry in entries.values() for place in entry["about"]):
-            facts, _, commit = place.rpartition(", commit ")
-            places.setdefault(facts, {})[commit] = None
-        lines += ["", *(f"{facts}, commit {'; '.join(c)}." for facts, c in places.items())]
-    return "\n".join(lines) + "\n"
-
-
-def look(program: str, programs: list[str]) -> dict:
-    """A script's own colour, or the next of the others."""
-    others = [name for name in programs if name not in LOOKS]
-    if program in LOOKS:
-        return LOOKS[program]
-    return {"color": OTHER_COLORS[others.index(program) % len(OTHER_COLORS)]}
-
-
-def draw_curves(entries: Group):
-    """Learning curves, a panel for each setting and length of training."""
-    panels: dict[tuple[str, float], dict[str, dict]] = {}
+def tables(group: str, entries: dict[tuple[str, str], dict]) -> str:
+    """Markdown: what each program reached in each setting, every seed's return, and the machine."""
+    rows = []
+    seeds = []
     for (setting, program), entry in entries.items():
-        if entry["curve"]:
-            panels.setdefault((setting, float(f"{entry['steps']:.1g}")), {})[program] = entry
-    names = list(dict.fromkeys(program for _, program in entries))
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    size = (4.6 * columns, 3.5 * rows + 1) if columns > 1 else (8, 5)
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    for ax, ((setting, _), programs) in zip(axes.flat, panels.items()):
-        for program, entry in programs.items():
-            style = look(program, names)
-            band(ax, entry["grid"], entry["curve"], program, **style)
-            if entry["goal"] is not None:
-                ax.axhline(entry["goal"], linestyle=":", linewidth=1.5, **style)
-        ax.set(title=setting, xlim=(0, min(entry["grid"][-1] for entry in programs.values())))
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.locator_params(nbins=5)
-    fig.supxlabel("environment steps", fontsize="medium")
-    fig.supylabel("return of training episodes", fontsize="medium")
-    return fig
+        returns, goal = entry["returns"], entry["goal"]
+        mean, low, high = map(number, interval(returns))
+        row = [setting, program, str(len(returns)), f"{mean} [{low}, {high}]", number(min(returns))]
+        row += ["", ""] if goal is None else [number(goal), str(sum(x >= goal for x in returns))]
+        row += [str(collapsed(entry)), f"{entry['steps']:,}", f"{entry['seconds']:,.1f}"]
+        rows.append(row)
+        what = f"- {program} on {setting}: `{entry['command']}`, seeds from {entry['seeds'][0]}: "
+        seeds.append(what + ", ".join(map(number, returns)))
+    heads = ["setting", "program", "seeds", "mean", "lowest", "goal", "met by", "collapsed"]
+    places = sorted({place for entry in entries.values() for place in entry["about"]})
+    parts = [f"## {group}", table([*heads, "steps", "seconds"], rows), "\n".join(seeds)]
+    return "\n\n".join([*parts, "\n".join(f"{place}." for place in places)])
 
 
-def draw_sweep(entries: Group):
-    """Greedy returns after training over the settings, which are values of x."""
-    fig, ax = plt.subplots(figsize=(8, 5))
-    settings = list(dict.fromkeys(setting for setting, _ in entries))
-    programs = list(dict.fromkeys(program for _, program in entries))
-    for program in programs:
-        here = [n for n, setting in enumerate(settings) if (setting, program) in entries]
-        returns = [interval(entries[settings[n], program]["returns"]) for n in here]
-        band(ax, here, np.transpose(returns), program, marker="o", **look(program, programs))
-    ax.set_xticks(range(len(settings)), settings)
-    ax.set(xlim=(0, len(settings) - 1), ylabel="greedy return after training")
-    ax.set_xlabel(next(iter(entries.values()))["x"])
-    return fig
+def palette(programs: list[str]) -> dict[str, str]:
+    """A script's own colour, which "eps=0.2" shares with ppo, or the next of the others."""
+    own = COLORS | {"eps=0.2": COLORS["ppo"]}
+    others = [program for program in programs if program not in own]
+    return own | dict(zip(others, OTHER_COLORS))
 
 
-def draw(entries: Group, file: Path) -> None:
-    sweep = next(iter(entries.values()))["x"] is not None
-    fig = draw_sweep(entries) if sweep else draw_curves(entries)
-    handles: dict = {}
-    for ax in fig.axes:
-        handles |= {label: line for line, label in zip(*ax.get_legend_handles_labels())}
+def draw(entries: dict[tuple[str, str], dict], file: Path) -> None:
+    """Learning curves with a panel for each setting; in a sweep, returns over its settings."""
+    sweep = next(iter(entries.values()))["x"]
+    x, y = (sweep, "greedy return") if sweep else ("environment steps", "return of episodes")
+    rows = []
+    for (setting, program), entry in entries.items():
+        steps = float(f"{entry['steps']:.1g}")
+        panel = "" if sweep else f"{setting}, {steps:,.0f} steps"
+        for seed, points in enumerate(entry["curves"]):
+            found = [(setting, entry["returns"][seed])] if sweep else zip(entry["grid"], points)
+            rows += [{"program": program, "panel": panel, x: a, y: b} for a, b in found]
+    frame = pd.DataFrame(rows)
+    panels = frame["panel"].nunique()
+    grid = sns.relplot(
+        frame,
+        x=x,
+        y=y,
+        hue="program",
+        palette=palette(list(frame["program"].unique())),
+        col="panel",
+        col_wrap=min(3, panels),
+        kind="line",
+        linewidth=2,
+        marker="o" if sweep else None,
+        errorbar=("ci", 95),
+        n_boot=500,
+        seed=0,
+        height=5 if panels == 1 else 3.8,
+        aspect=1.6 if panels == 1 else 1.2,
+        facet_kws={"sharex": False, "sharey": False, "legend_out": False},
+    )
+    grid.set_titles("{col_name}")
+    for panel, ax in grid.axes_dict.items():
+        shown = frame[frame["panel"] == panel]
+        goals = {e["goal"] for (_, p), e in entries.items() if p in set(shown["program"])}
+        for goal in goals - {None}:
+            ax.axhline(goal, linestyle=":", color="black", linewidth=1.2)
+        ax.margins(x=0)
+        if not sweep:
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     seeds = " or ".join(map(str, sorted({len(entry["seeds"]) for entry in entries.values()})))
-    title = f"mean and 95 % interval of {seeds} seeds" + ("" if sweep else "; dotted: goal")
-    columns = min(6 if len(fig.axes) > 2 else 4, len(handles))
-    places: dict = {"loc": "outside upper center", "ncols": columns, "title": title}
-    fig.legend(handles.values(), handles, **places)
-    fig.savefig(file)
-    plt.close(fig)
+    title = f"mean and 95 % interval of {seeds} seeds; dotted: goal"
+    sns.move_legend(grid, "lower center", bbox_to_anchor=(0.5, 1), ncols=6, title=title)
+    grid.savefig(file)
+    plt.close(grid.figure)
 
 
 def main(options: Options) -> None:
@@ -240,19 +198,17 @@ def main(options: Options) -> None:
         for program in entry["programs"]
     ]
     names = [name for name in dict.fromkeys([*order, *results]) if name in results]
-    results = {name: results[name] for name in names}
-    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in results.items()]
+    lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in names]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    groups: dict[str, Group] = {}
-    for name, entry in results.items():
+    groups: dict[str, dict[tuple[str, str], dict]] = {}
+    for name in names:
         group, setting, program = name.split("/")
-        groups.setdefault(group, {})[setting, program] = entry
-    (target / "learning.md").write_text(tables(groups))
-    print(tables(groups))
-    plt.rcParams.update(STYLE)
+        groups.setdefault(group, {})[setting, program] = results[name]
+    texts = [tables(group, entries) for group, entries in groups.items()]
+    (target / "learning.md").write_text("\n\n".join([HEAD.strip(), *texts]) + "\n")
+    sns.set_theme(style="whitegrid", rc=STYLE | {"figure.constrained_layout.use": False})
     for group, entries in groups.items():
-        if any(entry["curve"] for entry in entries.values()):
-            draw(entries, target / f"learning_{group}.png")
+        draw(entries, target / f"learning_{group}.png")
 
 
 if __name__ == "__main__":

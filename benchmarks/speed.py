@@ -6,7 +6,7 @@
 
 Each round runs every program once, one after the other, in a process of its own with one thread. A
 ratio is the median over rounds of two programs' numbers in the same round. Results go to
-benchmarks/results/speed_NAME.md and .json.
+benchmarks/results/speed_NAME.md.
 """
 
 import contextlib
@@ -125,9 +125,8 @@ def spread(values, form: str) -> str:
     return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
-def write(name: str, text: str, data: dict) -> None:
-    (RESULTS / f"speed_{name}.md").write_text(f"{text}\n\n{data['about']}.\n")
-    (RESULTS / f"speed_{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+def write(name: str, text: str, facts: str) -> None:
+    (RESULTS / f"speed_{name}.md").write_text(f"{text}\n\n{facts}.\n")
     print(text)
 
 
@@ -140,7 +139,8 @@ def machine(options: Train | Solve) -> str:
 
 
 def train(options: Train) -> None:
-    data = {"about": machine(options), "rounds": []}
+    facts = machine(options)
+    rounds = []
     for number in range(options.rounds):
         results = {}
         for name, arguments in programs(options).items():
@@ -149,15 +149,15 @@ def train(options: Train) -> None:
             sps = float(re.findall(r"SPS: ([\d.]+)", output)[-1])
             results[name] = usage | {"sps": sps}
             print(f"round {number + 1}: {name}: {results[name]}", flush=True)
-        data["rounds"].append(results)
+        rounds.append(results)
 
     rows = []
     base = ""
-    for name in data["rounds"][0]:
+    for name in rounds[0]:
         base = name if name.startswith("**") else base
-        column = {k: [one[name][k] for one in data["rounds"]] for k in data["rounds"][0][name]}
-        speedup = [one[base]["sps"] / one[name]["sps"] for one in data["rounds"]]
-        longer = [one[name]["process"] / one[base]["process"] for one in data["rounds"]]
+        column = {k: [one[name][k] for one in rounds] for k in rounds[0][name]}
+        speedup = [one[base]["sps"] / one[name]["sps"] for one in rounds]
+        longer = [one[name]["process"] / one[base]["process"] for one in rounds]
         row = [name, spread(column["sps"], ",.0f"), f"{statistics.median(speedup):.2f}"]
         row += [f"{statistics.median(column['process']):.1f}", f"{statistics.median(longer):.2f}"]
         row += [f"{statistics.median(column[key]):,.0f}" for key in ("cpu", "memory")]
@@ -172,21 +172,22 @@ def train(options: Train) -> None:
         "",
         "benchmarks/README.md says how to read it.",
     ]
-    write("train", "\n".join(text), data)
+    write("train", "\n".join(text), facts)
 
 
 def solve(options: Solve) -> None:
     commands = {"ppo.py": ["solve_ours", str(ROOT / "ppo.py")]}
     if options.cleanrl:
         commands["CleanRL ppo.py"] = ["solve_cleanrl", str(options.cleanrl.resolve()), "--no-cuda"]
-    data = {"about": machine(options), "runs": {name: [] for name in commands}}
+    facts = machine(options)
+    runs: dict = {name: [] for name in commands}
     never = dict.fromkeys(("steps", "train", "command"), math.inf)
     for seed in range(1, options.seeds + 1):
         for name, arguments in commands.items():
             output, _ = run([*arguments, "--seed", str(seed)])
             found = re.search(r"solved (\{.*\})", output)
             result = json.loads(found[1]) if found else {"first": never, "lasting": never}
-            data["runs"][name].append(result)
+            runs[name].append(result)
             print(name, seed, result, flush=True)
 
     text = [
@@ -204,7 +205,7 @@ def solve(options: Solve) -> None:
     forms = {"steps": ",.0f", "train": ".2f", "command": ".1f"}
     for when, title in titles.items():
         rows = []
-        for name, results in data["runs"].items():
+        for name, results in runs.items():
             cells = [spread([one[when][k] for one in results], forms[k]) for k in forms]
             rows.append([name, *cells])
         text += [
@@ -213,7 +214,7 @@ def solve(options: Solve) -> None:
             "",
             table(["program", "steps", "training, s", "command, s"], rows),
         ]
-    write("solve", "\n".join(text), data)
+    write("solve", "\n".join(text), facts)
 
 
 def timed_run(args) -> dict[str, float]:
@@ -228,7 +229,7 @@ def timed_run(args) -> dict[str, float]:
     import ppo
 
     seconds: dict[str, float] = defaultdict(float)
-    kept: dict = {}
+    agents = []
 
     def timed(part: str, call):
         def timed_call(*arguments):
@@ -239,33 +240,21 @@ def timed_run(args) -> dict[str, float]:
 
         return timed_call
 
-    def make_envs(*arguments, original=ppo.make_envs):
-        envs = original(*arguments)
-        envs.step = timed("step", envs.step)
-        return envs
-
-    def start_clock(*arguments, original=ppo.tqdm, **keywords):
-        kept["progress"] = original(*arguments, **keywords)
-        kept["start"] = time.perf_counter()
-        return kept["progress"]
-
-    def stop_clock(agent, _) -> float:
-        seconds["all"] = time.perf_counter() - kept["start"]
-        kept["agent"] = agent
-        return 0.0
-
-    hooks = {"make_envs": make_envs, "tqdm": start_clock, "evaluate": stop_clock}
-    for name in ("update", "estimate_advantages", "compute_gae"):
-        hooks[name] = timed(name, getattr(ppo, name))
+    parts = ("learn", "update", "estimate_advantages", "compute_gae")
+    hooks = {part: timed(part, getattr(ppo, part)) for part in parts}
+    hooks["evaluate"] = lambda agent, _: agents.append(agent) or 0.0
+    wrapper = gym.wrappers.vector.TransformAction  # the outermost of make_envs
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.chdir(folder),
         patch.multiple(ppo, **hooks),
+        patch.object(wrapper, "step", timed("step", wrapper.step)),
         patch.object(ppo.Agent, "act", timed("act", ppo.Agent.act)),
     ):
         ppo.train(args)
 
-    agent, steps = kept["agent"], kept["progress"].n
+    (agent,) = agents
+    steps = int(agent.obs_stats.count)
     envs = gym.make_vec(args.env_id, args.num_envs)
     obs = torch.as_tensor(envs.reset(seed=1)[0])
     actions = envs.action_space.sample()
@@ -298,27 +287,27 @@ def share(options: Share) -> None:
 
     total = f"--total-timesteps {options.total_timesteps}"
     kinds = {"its defaults": total, "CleanRL's hyperparameters": f"{PPO} {total}"}
-    data: dict = {"about": about(), "runs": {name: [] for name in kinds}}
+    measured: dict = {name: [] for name in kinds}
     for _ in range(options.rounds):
         for name, flags in kinds.items():
             args = tyro.cli(ppo.Args, args=shlex.split(flags))
-            data["runs"][name].append(timed_run(args))
+            measured[name].append(timed_run(args))
     text = f"# Where the time of a training run goes\n\n{options.total_timesteps:,} steps of"
     text += f" CartPole-v1 with ppo.py, medians of {options.rounds} runs, microseconds a step.\n"
     text += "benchmarks/README.md says how to read it."
-    for name, runs in data["runs"].items():
+    for name, runs in measured.items():
         median = {part: statistics.median(one[part] for one in runs) for part in runs[0]}
         parts = ("act", "step", "estimate_advantages", "update")
-        median["other"] = median["all"] - sum(median[part] for part in parts)
-        median["all alone"] = sum(median[f"{part} alone"] for part in ("act", "step", "update"))
+        median["other"] = median["learn"] - sum(median[part] for part in parts)
+        median["learn alone"] = sum(median[f"{part} alone"] for part in ("act", "step", "update"))
         rows = []
-        for part in (*parts, "other", "all", "compute_gae"):
+        for part in (*parts, "other", "learn", "compute_gae"):
             alone = median.get(f"{part} alone")
-            cells = [f"{median[part]:.2f}", f"{median[part] / median['all']:.2%}"]
+            cells = [f"{median[part]:.2f}", f"{median[part] / median['learn']:.2%}"]
             rows.append([part, *cells, "" if alone is None else f"{alone:.2f}"])
         heads = ["part", "microseconds", "share", "torch or the environment alone"]
         text += f"\n\nWith {name}:\n\n{table(heads, rows)}"
-    write("share", text, data)
+    write("share", text, about())
 
 
 if __name__ == "__main__":
