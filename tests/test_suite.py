@@ -98,7 +98,7 @@ def test_the_suite_on_ray_and_its_report(tmp_path):
 
     old = {"mine/Other-v1/ppo": {"command": "of before", "returns": [1.0, 2.0, 6.0], "goal": 2}}
     old["mine/Other-v1/ppo"] |= {"x": None, "about": [], "seeds": [1, 2, 3], "steps": 5}
-    old["mine/Other-v1/ppo"] |= {"seconds": 1.0, "grid": [1, 5], "curves": 3 * [[1.0, 2.0]]}
+    old["mine/Other-v1/ppo"] |= {"seconds": 1.0, "grid": [*range(5)], "curves": 3 * [[*range(5)]]}
     (tmp_path / "learning.json").write_text(json.dumps(old))
     report.main(report.Options(tmp_path / "runs", tmp_path))
     results = json.loads((tmp_path / "learning.json").read_text())
