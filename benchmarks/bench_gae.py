@@ -128,21 +128,21 @@ def test_gae(benchmark, shape, dtype, peer):
 
 
 def plot(path):
-    import matplotlib.pyplot as plt
+    import pandas as pd
+    import seaborn as sns
 
     runs = json.loads(Path(path).read_text())["benchmarks"]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for ax, dtype in zip(axes, ["float32", "float64"]):
-        for peer in PEERS:
-            mine = [run for run in runs if run["params"]["peer"] == peer]
-            mine = [run for run in mine if run["params"]["dtype"] == dtype]
-            mine.sort(key=lambda run: run["extra_info"]["elements"])
-            elements = [run["extra_info"]["elements"] for run in mine]
-            ax.loglog(elements, [1e6 * run["stats"]["median"] for run in mine], "-o", label=peer)
-        ax.set(title=dtype, xlabel="elements, T × N", ylabel="median time of a call (µs)")
-        ax.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
-    figure.savefig(Path(__file__).parent / "results" / "gae.png", dpi=120)
+    x, y = "elements, T × N", "median time of a call (µs)"
+    rows = [
+        run["params"] | {x: run["extra_info"]["elements"], y: 1e6 * run["stats"]["median"]}
+        for run in runs
+    ]
+    sns.set_theme(style="whitegrid", font_scale=1.2)
+    grid = sns.relplot(
+        pd.DataFrame(rows), x=x, y=y, hue="peer", col="dtype", kind="line", marker="o"
+    )
+    grid.set(xscale="log", yscale="log").set_titles("{col_name}")
+    grid.savefig(Path(__file__).parent / "results" / "gae.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -168,13 +168,11 @@ def xla_ppo(steps: int, num_envs: int = 4, num_steps: int = 128) -> None:
     import optax
     from gymnasium.envs.phys2d.cartpole import CartPoleFunctional
 
-    def mlp(num_outputs: int, gain: float) -> nn.Sequential:
-        inits = [nn.initializers.orthogonal(g) for g in (2**0.5, 2**0.5, gain)]
-        dense = [nn.Dense(n, kernel_init=i) for n, i in zip((64, 64, num_outputs), inits)]
-        return nn.Sequential([dense[0], nn.tanh, dense[1], nn.tanh, dense[2]])
+    def mlp(num_outputs: int) -> nn.Sequential:
+        return nn.Sequential([nn.Dense(64), nn.tanh, nn.Dense(64), nn.tanh, nn.Dense(num_outputs)])
 
     env = CartPoleFunctional()
-    actor, critic = mlp(2, 0.01), mlp(1, 1.0)
+    actor, critic = mlp(2), mlp(1)
     batch_size, num_updates = num_envs * num_steps, steps // (num_envs * num_steps)
     learning_rate = optax.linear_schedule(2.5e-4, 0.0, num_updates * 16)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(learning_rate, eps=1e-5))
