@@ -36,7 +36,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # Discrete ones never are
+    normalize_observations: bool = True  # Discrete observations never are
     normalize_rewards: bool = True  # so that returns have standard deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
@@ -70,13 +70,13 @@ def check_args(args: Args) -> None:
             raise ArgumentError(f"{name} = {value}: must be at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("device = cuda: PyTorch finds no GPU")
-    # At worst, every second step is a reset.
+    # If each episode lasts one step, every second step is a reset.
     if args.num_minibatches > args.num_envs * (args.num_steps // 2):
         raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """Environments with flat observations, which clip actions to their bounds."""
+    """Environments that flatten observations and clip actions to their bounds."""
     envs = gym.make_vec(args.env_id, num_envs)
     # Rollouts rely on a reset that comes in the step after an episode's end.
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
@@ -91,7 +91,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         raise ArgumentError(f"env_id = {args.env_id}: needs Discrete or float actions")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        # The policy's actions are flat, know no bounds, and count from 0.
+        # The policy's actions are flat and unbounded or, if discrete, count from 0.
         if continuous:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
@@ -127,7 +127,7 @@ class RunningMeanStd(nn.Module):
 
     def update(self, rows: Tensor) -> None:
         """Adds rows (M, num_features) of all processes."""
-        gathered: list = [None] * dist.get_world_size()
+        gathered: list = [None] * dist.get_world_size()  # M differs between processes
         dist.all_gather_object(gathered, rows.cpu())
         rows = torch.cat(gathered).to(self.mean)
         self.count += len(rows)
@@ -188,8 +188,8 @@ class Agent(nn.Module):
         elif self.continuous:
             action = policy.sample()
         else:
-            # Gumbel-max trick: the largest of logits + Gumbel noise is a sample.
-            # It is faster than Categorical's own sample().
+            # Gumbel-max trick: the argmax of logits + noise is a sample, if the noise is
+            # -log(Exp(1)). This is faster than Categorical's own sample().
             noise = -torch.empty_like(policy.logits).exponential_().log()
             action = (policy.logits + noise).argmax(-1)
         return action.cpu().numpy()
@@ -215,10 +215,10 @@ class Rollout(NamedTuple):
 def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: int) -> Rollout:
     """Continues from obs (N, D) for num_steps steps.
 
-    done (N,) marks ended episodes, whose environments the first step only resets.
+    done (N,) marks the environments that the first step only resets.
     episode_return (N,) has the sum of each episode's rewards so far.
     """
-    steps = []  # each a Rollout without the axis T
+    steps = []  # each a tuple of Rollout's fields, without the axis T
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
@@ -226,7 +226,7 @@ def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: in
         next_obs, rewards, terminations, truncations = [x.copy() for x in outcome]
         episode_return = np.where(done, 0.0, episode_return + rewards)
         step = (~done, obs, actions, next_obs, rewards, terminations, truncations, episode_return)
-        steps.append(Rollout(*step))
+        steps.append(step)
         obs = next_obs
         done = terminations | truncations
     # From T steps of 8 fields to 8 arrays with T rows
@@ -245,7 +245,7 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
     advantages = np.zeros_like(rewards)
     last_gae = np.zeros_like(values[-1])
     for t in reversed(range(len(rewards))):
-        # V is 0 after a termination, but not after a truncation. Both end the sum.
+        # V is 0 after a termination, not after a truncation. Both end the sum.
         delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
         done = terminations[t] | truncations[t]
         last_gae = delta + gamma * gae_lambda * last_gae * ~done
@@ -288,7 +288,7 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """A list, because some algorithms have an optimizer for each network."""
+    """Adam, in a list because some algorithms have one for each network."""
     return [
         torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True),
     ]
@@ -351,7 +351,7 @@ def evaluate(agent: Agent, args: Args) -> float:
         running &= ~(terminations | truncations)
     envs.close()
     if running.any():
-        print(f"Evaluation stopped after {steps} steps, in {running.sum()} episodes")
+        print(f"Evaluation stopped after {steps} steps: {running.sum()} episodes had not ended")
     return returns.mean().item()
 
 
@@ -364,7 +364,7 @@ def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
 
 
 def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
-    """Writes a checkpoint. A process that is killed leaves no half file."""
+    """Writes a checkpoint, first to a .tmp file so that path is never half written."""
     checkpoint = {
         "agent_config": agent.config,
         "agent": agent.state_dict(),
@@ -379,7 +379,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores agent and optimizers from a checkpoint. Returns its global_step."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint["agent_config"] != agent.config:
-        raise ArgumentError(f"resume = {path}: its agent is another, for another environment")
+        raise ArgumentError(f"resume = {path}: of another environment or normalization")
     agent.load_state_dict(checkpoint["agent"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(state)
@@ -405,7 +405,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     if args.resume:
         global_step = load(args.resume, agent, optimizers)
         torch.manual_seed(args.seed + global_step)  # not the same random numbers again
-    # So far all processes are equal. Now their environments and actions become their own.
+    # So far all processes are equal. Now each gets environments and random numbers of its own.
     args.seed += dist.get_rank() * args.num_envs
     torch.manual_seed(args.seed + global_step)
     obs, _ = envs.reset(seed=args.seed + global_step)
@@ -433,7 +433,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         metrics = update(agent, optimizers, batch, args)
         # Only now, because acting and learning must see the same statistics
         agent.obs_stats.update(batch.obs)
-        # If a number of one process is not finite, its average is not, and all stop.
+        # A metric that is not finite in one process makes the average so: all stop.
         averages = average(torch.tensor([len(batch.obs), *metrics.values()], device=args.device))
         metrics = dict(zip(metrics, averages[1:].tolist()))
         steps = round(averages[0].item() * dist.get_world_size())

@@ -35,7 +35,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = False  # Discrete ones never are
+    normalize_observations: bool = False  # Discrete observations never are
     normalize_rewards: bool = True  # so that returns have standard deviation 1
 
     total_timesteps: int = 200_000  # steps of all environments together
@@ -65,7 +65,7 @@ def check_args(args: Args) -> None:
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """Environments with flat observations, which clip actions to their bounds."""
+    """Environments that flatten observations and clip actions to their bounds."""
     envs = gym.make_vec(args.env_id, num_envs)
     # Rollouts rely on a reset that comes in the step after an episode's end.
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
@@ -80,7 +80,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         raise ArgumentError(f"env_id = {args.env_id}: needs Discrete or float actions")
 
     def to_space(actions: np.ndarray) -> np.ndarray:
-        # The policy's actions are flat, know no bounds, and count from 0.
+        # The policy's actions are flat and unbounded or, if discrete, count from 0.
         if continuous:
             return actions.reshape(space.shape).clip(space.low, space.high)
         return actions + space.start
@@ -133,7 +133,7 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd(num_inputs)
         self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
         self.actor = mlp(num_inputs, num_actions)
-        # From PyTorch's own initial weights a fifth of the seeds do not solve CartPole.
+        # With PyTorch's own initial weights a fifth of the seeds fail on CartPole.
         for layer, gain in zip(self.actor[::2], (2**0.5, 2**0.5, 0.01)):
             nn.init.orthogonal_(layer.get_parameter("weight"), gain)
             nn.init.zeros_(layer.get_parameter("bias"))
@@ -168,8 +168,8 @@ class Agent(nn.Module):
         elif self.continuous:
             action = policy.sample()
         else:
-            # Gumbel-max trick: the largest of logits + Gumbel noise is a sample.
-            # It is faster than Categorical's own sample().
+            # Gumbel-max trick: the argmax of logits + noise is a sample, if the noise is
+            # -log(Exp(1)). This is faster than Categorical's own sample().
             noise = -torch.empty_like(policy.logits).exponential_().log()
             action = (policy.logits + noise).argmax(-1)
         return action.cpu().numpy()
@@ -192,7 +192,7 @@ def collect_rollout(agent: Agent, envs, args: Args) -> Rollout:
     steps: list[Rollout] = []  # each without the axis T
     while not done.all():
         if len(steps) * args.num_envs >= args.total_timesteps:
-            raise ArgumentError(f"env_id = {args.env_id}: episodes outlast total_timesteps")
+            raise ArgumentError(f"env_id = {args.env_id}: a batch outlasts total_timesteps")
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
         # Ended environments step on until all have ended. Those steps do not count.
@@ -211,7 +211,7 @@ class Batch(NamedTuple):
 
 
 def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Returns the valid steps, with discounted returns, which end at a truncation, too."""
+    """Returns the valid steps, with discounted returns. These are cut at truncations, too."""
     returns = np.zeros_like(rollout.rewards)
     discounted_return = 0.0
     for t in reversed(range(len(returns))):
@@ -227,7 +227,7 @@ def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """A list, because some algorithms have an optimizer for each network."""
+    """Adam, in a list because some algorithms have one for each network."""
     return [
         torch.optim.Adam(agent.actor.parameters(), args.learning_rate, eps=1e-5, fused=True),
     ]
@@ -263,7 +263,7 @@ def evaluate(agent: Agent, args: Args) -> float:
         running &= ~(terminations | truncations)
     envs.close()
     if running.any():
-        print(f"Evaluation stopped after {steps} steps, in {running.sum()} episodes")
+        print(f"Evaluation stopped after {steps} steps: {running.sum()} episodes had not ended")
     return returns.mean().item()
 
 
@@ -276,7 +276,7 @@ def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
 
 
 def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
-    """Writes a checkpoint. A process that is killed leaves no half file."""
+    """Writes a checkpoint, first to a .tmp file so that path is never half written."""
     checkpoint = {
         "agent_config": agent.config,
         "agent": agent.state_dict(),
@@ -291,7 +291,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores agent and optimizers from a checkpoint. Returns its global_step."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint["agent_config"] != agent.config:
-        raise ArgumentError(f"resume = {path}: its agent is another, for another environment")
+        raise ArgumentError(f"resume = {path}: of another environment or normalization")
     agent.load_state_dict(checkpoint["agent"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(state)

@@ -158,7 +158,7 @@ def test_reset_steps_leak_nothing(normalize_rewards):
 
 def test_episodes_that_outlast_the_training_end_reinforce():
     run, before = start(reinforce, "Endless-v0", num_envs=2, total_timesteps=50), Steady.steps
-    with pytest.raises(reinforce.ArgumentError, match="Endless-v0: episodes outlast"):
+    with pytest.raises(reinforce.ArgumentError, match="Endless-v0: a batch outlasts"):
         run.collect()
     assert Steady.steps - before == 50
 

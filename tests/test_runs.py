@@ -243,7 +243,7 @@ def test_evaluation_takes_no_more_steps_than_training_and_says_so(capsys):
     before = Steady.steps
     assert evaluate(ppo, "Endless-v0", eval_episodes=3, total_timesteps=50) == 17
     assert Steady.steps - before == 51
-    told = "Evaluation stopped after 51 steps, in 3 episodes\n"
+    told = "Evaluation stopped after 51 steps: 3 episodes had not ended\n"
     assert capsys.readouterr().out == told
 
 
