@@ -1,8 +1,8 @@
 """GAE against its peers, and against a memcpy of the bytes it must read and write.
 
 pytest benchmarks/bench_gae.py --benchmark-only --benchmark-json gae.json
+python -m benchmarks.bench_gae gae.json  # draws results/gae.png and prints machine and versions
 pytest-benchmark compare gae.json --group-by group --columns median,rounds --name short
-python -m benchmarks.bench_gae gae.json  # draws results/gae.png
 """
 
 import json
@@ -146,4 +146,7 @@ def plot(path):
 
 
 if __name__ == "__main__":
+    from benchmarks.common import about
+
     plot(sys.argv[1])
+    print(about("numba", "rlox"))
