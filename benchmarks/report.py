@@ -137,9 +137,10 @@ def draw(entries: dict[tuple[str, str], dict], file: Path) -> None:
     sweep = next(iter(entries.values()))["x"]
     x, y = (sweep, "greedy return") if sweep else ("environment steps", "return of episodes")
     rows = []
+    lengths: dict[tuple, int] = {}  # trainings of about the same length share a panel
     for (setting, program), entry in entries.items():
-        steps = float(f"{entry['steps']:.1g}")
-        panel = "" if sweep else f"{setting}, {steps:,.0f} steps"
+        length = lengths.setdefault((setting, round(np.log2(entry["steps"]))), entry["steps"])
+        panel = "" if sweep else f"{setting}, {float(f'{length:.1g}'):,.0f} steps"
         for seed, points in enumerate(entry["curves"]):
             found = [(setting, entry["returns"][seed])] if sweep else zip(entry["grid"], points)
             rows += [{"program": program, "panel": panel, x: a, y: b} for a, b in found]
