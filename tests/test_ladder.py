@@ -103,8 +103,13 @@ def count_tokens(text):
     """What there is to read: names, operators, numbers and strings, however they are laid out."""
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     layout |= {tokenize.ENCODING, tokenize.ENDMARKER}
-    tokens = tokenize.tokenize(io.BytesIO(text.encode()).readline)
-    return sum(token.type not in layout for token in tokens)
+    count = depth = 0  # from Python 3.12 on, an f-string has tokens of its own: it counts as one
+    for token in tokenize.tokenize(io.BytesIO(text.encode()).readline):
+        name = tokenize.tok_name[token.type]
+        depth -= name == "FSTRING_END"
+        count += depth == 0 and token.type not in layout and name != "FSTRING_END"
+        depth += name == "FSTRING_START"
+    return count
 
 
 def count_diff(one, other):

@@ -168,7 +168,9 @@ def test_a_time_limit_is_not_death(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, steps", [*zip(LADDER, [120_000, 30_000, 40_000, 20_000])], ids=str)
+@pytest.mark.parametrize(
+    "script, steps", [*zip(LADDER, [120_000, 30_000, 40_000, 20_000])], ids=str
+)
 def test_it_learns_cartpole(script, steps, tmp_path, monkeypatch):
     wanted = {"num_envs": 8, "num_steps": 128, "total_timesteps": steps, "eval_episodes": 20}
     score, rows, _ = train_in(tmp_path / "run", monkeypatch, script, **wanted)
