@@ -51,7 +51,7 @@ def test_processes_hold_the_same_bits_and_count_and_stop_together(tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "driver.py", str(Path(ppo.__file__).parent)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("stopped") == 2
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("steps"))
