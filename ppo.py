@@ -35,8 +35,8 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # Discrete observations never are
-    normalize_rewards: bool = True  # so that returns have standard deviation 1
+    normalize_observations: bool = True  # to mean 0 and deviation 1, if not Discrete
+    normalize_rewards: bool = True  # scale so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
     num_steps: int = 128  # steps of each environment in a rollout
