@@ -138,9 +138,11 @@ def draw(entries: dict[tuple[str, str], dict], file: Path) -> None:
     x, y = (sweep, "greedy return") if sweep else ("environment steps", "return of episodes")
     rows = []
     lengths: dict[tuple, int] = {}  # trainings of about the same length share a panel
+    goals = set()
     for (setting, program), entry in entries.items():
         length = lengths.setdefault((setting, round(np.log2(entry["steps"]))), entry["steps"])
         panel = "" if sweep else f"{setting}, {float(f'{length:.1g}'):,.0f} steps"
+        goals.add((panel, entry["goal"]))
         for seed, points in enumerate(entry["curves"]):
             found = [(setting, entry["returns"][seed])] if sweep else zip(entry["grid"], points)
             rows += [{"program": program, "panel": panel, x: a, y: b} for a, b in found]
@@ -166,9 +168,7 @@ def draw(entries: dict[tuple[str, str], dict], file: Path) -> None:
     )
     grid.set_titles("{col_name}")
     for panel, ax in grid.axes_dict.items():
-        shown = frame[frame["panel"] == panel]
-        goals = {e["goal"] for (_, p), e in entries.items() if p in set(shown["program"])}
-        for goal in goals - {None}:
+        for goal in (goal for where, goal in goals if where == panel and goal is not None):
             ax.axhline(goal, linestyle=":", color="black", linewidth=1.2)
         ax.margins(x=0)
         if not sweep:
