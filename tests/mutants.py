@@ -177,6 +177,7 @@ MUTANTS = [
     (GAE, 'gamma * fraction("gae_lambda", gae_lambda)?', 'fraction("gae_lambda", gae_lambda)?'),
     (GAE, "gamma as f32, gamma_lambda as f32", "gamma as f32, (gamma as f32) * (gamma_lambda as f32)"),
     ("test_gae_boundary.py", "(0.0..=1.0).contains(&number)", "(0.0..=2.0).contains(&number)"),
+    (ROLLOUTS, "(2**0.5, 2**0.5, 0.01)", "(2**0.5, 1.0, 0.01)"),
 ]
 # fmt: on
 

@@ -220,12 +220,17 @@ def test_the_action_that_reaches_the_environment_is_in_its_space(name):
 @pytest.mark.parametrize("script", LADDER)
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Echo-v0"])
 def test_networks_and_their_optimizers(script, env_id):
-    """Two layers of 64 tanh units. Each parameter is learned once."""
+    """Two layers of 64 tanh units, in reinforce.py orthogonal. Each parameter is learned once."""
     run = start(script, env_id, num_envs=2, num_steps=16, seed=2)
     agent = run.agent
     for part in (part for part in agent.children() if isinstance(part, torch.nn.Sequential)):
         assert "".join(type(layer).__name__ for layer in part) == "LinearTanhLinearTanhLinear"
         assert part[0].out_features == part[2].out_features == 64
+    if script is reinforce:
+        for layer, gain in zip(agent.actor[::2], (2**0.5, 2**0.5, 0.01)):
+            norms = torch.linalg.svdvals(layer.weight.detach())
+            torch.testing.assert_close(norms, torch.full_like(norms, gain), rtol=1e-4, atol=0)
+            assert not layer.bias.any()
     held = [id(p) for optimizer in run.optimizers for p in optimizer.param_groups[0]["params"]]
     if script.__name__ == "trpo":
         held += [id(parameter) for parameter in agent.actor.parameters()]
