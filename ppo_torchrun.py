@@ -31,7 +31,6 @@ class Args:
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     eval_episodes: int = 100  # greedy episodes after training
-    save_interval: int = 10  # iterations between checkpoints
     resume: str | None = None  # checkpoint to start from
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
@@ -70,9 +69,6 @@ def check_args(args: Args) -> None:
             raise ArgumentError(f"{name} = {value}: must be at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("device = cuda: PyTorch finds no GPU")
-    # If each episode lasts one step, every second step is a reset.
-    if args.num_minibatches > args.num_envs * (args.num_steps // 2):
-        raise ArgumentError(f"num_minibatches = {args.num_minibatches}: too many for a rollout")
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
@@ -82,21 +78,14 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
-    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
+    if obs_space.shape != (gym.spaces.flatdim(obs_space),):
         envs = gym.wrappers.vector.FlattenObservation(envs)
-
-    space: Any = envs.action_space  # with a row for each environment
-    continuous = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
-    if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
-        raise ArgumentError(f"env_id = {args.env_id}: needs Discrete or float actions")
-
-    def to_space(actions: np.ndarray) -> np.ndarray:
-        # The policy's actions are flat and unbounded or, if discrete, count from 0.
-        if continuous:
-            return actions.reshape(space.shape).clip(space.low, space.high)
-        return actions + space.start
-
-    return gym.wrappers.vector.TransformAction(envs, to_space)
+    space: Any = envs.single_action_space
+    if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and len(space.shape) == 1:
+        return gym.wrappers.vector.ClipAction(envs)
+    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return envs
+    raise ArgumentError(f"env_id = {args.env_id}: needs actions 0 to n - 1 or a vector of floats")
 
 
 def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
@@ -183,15 +172,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: a sample, or the most likely one if greedy."""
         policy: Any = self.policy(obs)
-        if greedy:
-            action = policy.mode
-        elif self.continuous:
-            action = policy.sample()
-        else:
-            # Gumbel-max trick: the argmax of logits + noise is a sample, if the noise is
-            # -log(Exp(1)). This is faster than Categorical's own sample().
-            noise = -torch.empty_like(policy.logits).exponential_().log()
-            action = (policy.logits + noise).argmax(-1)
+        action = policy.mode if greedy else policy.sample()
         return action.cpu().numpy()
 
 
@@ -295,13 +276,12 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Runs several epochs of minibatches. Returns metrics of the last minibatch."""
+    """Learns from a batch. Returns metrics."""
     optimizer = optimizers[0]
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
-    with torch.no_grad():
-        old_log_probs = agent.policy(batch.obs).log_prob(batch.actions)
+    old_log_probs = agent.policy(batch.obs).log_prob(batch.actions).detach()
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(len(batch.obs)).tensor_split(args.num_minibatches):
+        for rows in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
             policy = agent.policy(batch.obs[rows])
             log_ratio = policy.log_prob(batch.actions[rows]) - old_log_probs[rows]
             ratio = log_ratio.exp()
@@ -377,13 +357,14 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 
 def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores agent and optimizers from a checkpoint. Returns its global_step."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["agent_config"] != agent.config:
-        raise ArgumentError(f"resume = {path}: of another environment or normalization")
-    agent.load_state_dict(checkpoint["agent"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-        optimizer.load_state_dict(state)
-    return checkpoint["global_step"]
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        agent.load_state_dict(checkpoint["agent"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        return checkpoint["global_step"]
+    except Exception as error:
+        raise ArgumentError(f"resume = {path}: not a checkpoint of such a run") from error
 
 
 def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
@@ -412,11 +393,9 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     done = np.zeros(args.num_envs, bool)
     episode_return = np.zeros(args.num_envs)
     progress = tqdm(total=args.total_timesteps, initial=global_step, disable=dist.get_rank() > 0)
-    iteration = 0
 
     while global_step < args.total_timesteps:
         start = time.perf_counter()
-        iteration += 1
 
         # Anneal from the initial learning rates, which optimizer.defaults keeps
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
@@ -442,7 +421,6 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         # Record
         progress.update(steps)
         metrics["charts/SPS"] = steps / (time.perf_counter() - start)
-        metrics["charts/learning_rate"] = fraction * optimizers[0].defaults["lr"]
         metrics["global_step"] = global_step
         if ended.any():
             metrics["charts/episodic_return"] = rollout.episode_returns[ended].mean().item()
@@ -452,8 +430,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         if dist.get_rank() > 0:
             continue
         log(metrics, run_dir, wandb_run)
-        if iteration % args.save_interval == 0 or global_step >= args.total_timesteps:
-            save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
+        save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
     progress.close()
     envs.close()
 
@@ -493,9 +470,12 @@ def train(args: Args) -> float:
 
 
 if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if not dist.is_torchelastic_launched():
+        sys.exit("ppo_torchrun.py runs under torchrun")
     dist.init_process_group()
     try:
-        train(tyro.cli(Args))
+        train(args)
     except (ArgumentError, gym.error.Error, ImportError, OSError) as error:
         sys.exit(str(error))
     finally:

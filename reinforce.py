@@ -30,7 +30,6 @@ class Args:
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     eval_episodes: int = 100  # greedy episodes after training
-    save_interval: int = 10  # iterations between checkpoints
     resume: str | None = None  # checkpoint to start from
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
@@ -71,21 +70,14 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
-    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
+    if obs_space.shape != (gym.spaces.flatdim(obs_space),):
         envs = gym.wrappers.vector.FlattenObservation(envs)
-
-    space: Any = envs.action_space  # with a row for each environment
-    continuous = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
-    if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
-        raise ArgumentError(f"env_id = {args.env_id}: needs Discrete or float actions")
-
-    def to_space(actions: np.ndarray) -> np.ndarray:
-        # The policy's actions are flat and unbounded or, if discrete, count from 0.
-        if continuous:
-            return actions.reshape(space.shape).clip(space.low, space.high)
-        return actions + space.start
-
-    return gym.wrappers.vector.TransformAction(envs, to_space)
+    space: Any = envs.single_action_space
+    if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and len(space.shape) == 1:
+        return gym.wrappers.vector.ClipAction(envs)
+    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return envs
+    raise ArgumentError(f"env_id = {args.env_id}: needs actions 0 to n - 1 or a vector of floats")
 
 
 def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
@@ -163,15 +155,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: a sample, or the most likely one if greedy."""
         policy: Any = self.policy(obs)
-        if greedy:
-            action = policy.mode
-        elif self.continuous:
-            action = policy.sample()
-        else:
-            # Gumbel-max trick: the argmax of logits + noise is a sample, if the noise is
-            # -log(Exp(1)). This is faster than Categorical's own sample().
-            noise = -torch.empty_like(policy.logits).exponential_().log()
-            action = (policy.logits + noise).argmax(-1)
+        action = policy.mode if greedy else policy.sample()
         return action.cpu().numpy()
 
 
@@ -289,13 +273,14 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 
 def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores agent and optimizers from a checkpoint. Returns its global_step."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["agent_config"] != agent.config:
-        raise ArgumentError(f"resume = {path}: of another environment or normalization")
-    agent.load_state_dict(checkpoint["agent"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-        optimizer.load_state_dict(state)
-    return checkpoint["global_step"]
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        agent.load_state_dict(checkpoint["agent"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        return checkpoint["global_step"]
+    except Exception as error:
+        raise ArgumentError(f"resume = {path}: not a checkpoint of such a run") from error
 
 
 def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
@@ -317,11 +302,9 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         torch.manual_seed(args.seed + global_step)  # not the same random numbers again
     envs.reset(seed=args.seed + global_step)  # only seeds: each rollout resets again
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
-    iteration = 0
 
     while global_step < args.total_timesteps:
         start = time.perf_counter()
-        iteration += 1
 
         # Anneal from the initial learning rates, which optimizer.defaults keeps
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
@@ -340,15 +323,13 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         # Record
         progress.update(steps)
         metrics["charts/SPS"] = steps / (time.perf_counter() - start)
-        metrics["charts/learning_rate"] = fraction * optimizers[0].defaults["lr"]
         metrics["global_step"] = global_step
         metrics["charts/episodic_return"] = rollout.rewards.sum(0).mean().item()
         progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"not finite: {metrics}")
         log(metrics, run_dir, wandb_run)
-        if iteration % args.save_interval == 0 or global_step >= args.total_timesteps:
-            save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
+        save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
     progress.close()
     envs.close()
 
@@ -384,7 +365,8 @@ def train(args: Args) -> float:
 
 
 if __name__ == "__main__":
+    args = tyro.cli(Args)
     try:
-        train(tyro.cli(Args))
+        train(args)
     except (ArgumentError, gym.error.Error, ImportError, OSError) as error:
         sys.exit(str(error))

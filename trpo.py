@@ -30,7 +30,6 @@ class Args:
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     eval_episodes: int = 100  # greedy episodes after training
-    save_interval: int = 10  # iterations between checkpoints
     resume: str | None = None  # checkpoint to start from
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
@@ -78,21 +77,14 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
-    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
+    if obs_space.shape != (gym.spaces.flatdim(obs_space),):
         envs = gym.wrappers.vector.FlattenObservation(envs)
-
-    space: Any = envs.action_space  # with a row for each environment
-    continuous = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
-    if not (continuous or isinstance(envs.single_action_space, gym.spaces.Discrete)):
-        raise ArgumentError(f"env_id = {args.env_id}: needs Discrete or float actions")
-
-    def to_space(actions: np.ndarray) -> np.ndarray:
-        # The policy's actions are flat and unbounded or, if discrete, count from 0.
-        if continuous:
-            return actions.reshape(space.shape).clip(space.low, space.high)
-        return actions + space.start
-
-    return gym.wrappers.vector.TransformAction(envs, to_space)
+    space: Any = envs.single_action_space
+    if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and len(space.shape) == 1:
+        return gym.wrappers.vector.ClipAction(envs)
+    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return envs
+    raise ArgumentError(f"env_id = {args.env_id}: needs actions 0 to n - 1 or a vector of floats")
 
 
 def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
@@ -171,15 +163,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: a sample, or the most likely one if greedy."""
         policy: Any = self.policy(obs)
-        if greedy:
-            action = policy.mode
-        elif self.continuous:
-            action = policy.sample()
-        else:
-            # Gumbel-max trick: the argmax of logits + noise is a sample, if the noise is
-            # -log(Exp(1)). This is faster than Categorical's own sample().
-            noise = -torch.empty_like(policy.logits).exponential_().log()
-            action = (policy.logits + noise).argmax(-1)
+        action = policy.mode if greedy else policy.sample()
         return action.cpu().numpy()
 
 
@@ -318,22 +302,19 @@ def line_search(parameters: list, step: Tensor, accept, max_backtracks: int) -> 
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """One step of the policy, then vf_epochs steps of the value function. Returns metrics."""
+    """Learns from a batch. Returns metrics."""
     value_optimizer = optimizers[0]
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
+    policy = agent.policy(batch.obs)
+    # At the old parameters all ratios are 1. So the objective has the gradient of VPG.
+    policy_loss = -(policy.log_prob(batch.actions) * advantages).mean()
+    entropy = policy.entropy().mean()
+    loss = policy_loss - args.ent_coef * entropy
     parameters = list(agent.actor.parameters())
+    gradient = flat_grad(loss, parameters, retain_graph=True)
     with torch.no_grad():
         old_policy = agent.policy(batch.obs)
-        old_log_probs = old_policy.log_prob(batch.actions)
-
-    def objective_and_kl() -> tuple[Tensor, Tensor]:
-        policy = agent.policy(batch.obs)
-        ratio = (policy.log_prob(batch.actions) - old_log_probs).exp()
-        objective = (ratio * advantages).mean() + args.ent_coef * policy.entropy().mean()
-        return objective, kl_divergence(old_policy, policy).mean()
-
-    old_objective, kl = objective_and_kl()
-    gradient = flat_grad(old_objective, parameters, retain_graph=True)
+    kl = kl_divergence(old_policy, policy).mean()
     kl_gradient = flat_grad(kl, parameters, create_graph=True)
 
     def fisher_product(vector: Tensor) -> Tensor:
@@ -341,18 +322,20 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
         product = flat_grad(kl_gradient.dot(vector), parameters, retain_graph=True)
         return product + args.cg_damping * vector
 
+    @torch.no_grad()
     def accept() -> bool:
-        with torch.no_grad():
-            new_objective, new_kl = objective_and_kl()
-        return bool(new_objective > old_objective and new_kl <= args.target_kl)
+        policy = agent.policy(batch.obs)
+        ratio = (policy.log_prob(batch.actions) - old_policy.log_prob(batch.actions)).exp()
+        entropy_gain = policy.entropy().mean() - entropy
+        gain = ((ratio - 1) * advantages).mean() + args.ent_coef * entropy_gain
+        kl = kl_divergence(old_policy, policy).mean()
+        return bool(gain > 0 and kl <= args.target_kl)
 
-    # The natural gradient solves (F + damping I) direction = gradient.
-    direction = conjugate_gradient(fisher_product, gradient, args.cg_iterations)
+    # The natural gradient step solves (F + damping I) direction = -gradient.
+    direction = conjugate_gradient(fisher_product, -gradient, args.cg_iterations)
     # The KL of a step s is about s F s / 2. Here s (F + damping I) s / 2 is target_kl.
     step = direction * torch.sqrt(2 * args.target_kl / direction.dot(fisher_product(direction)))
     step_fraction = line_search(parameters, step, accept, args.max_backtracks)
-    with torch.no_grad():  # at the accepted or the restored parameters
-        new_objective, new_kl = objective_and_kl()
     for _ in range(args.vf_epochs):
         value_loss = 0.5 * ((agent.value(batch.obs) - batch.returns) ** 2).mean()
         value_optimizer.zero_grad()
@@ -363,10 +346,10 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     # returns = advantages + values: the advantages are what the old values did not explain.
     unexplained = batch.advantages.var() / (batch.returns.var() + 1e-8)
     return {
-        "losses/objective": new_objective.item(),
+        "losses/policy_loss": policy_loss.item(),
         "losses/value_loss": value_loss.item(),
-        "losses/entropy": old_policy.entropy().mean().item(),
-        "losses/kl": new_kl.item(),
+        "losses/entropy": entropy.item(),
+        "losses/kl": kl_divergence(old_policy, agent.policy(batch.obs)).mean().item(),
         "losses/step_fraction": step_fraction,
         "losses/explained_variance": 1 - unexplained.item(),
     }
@@ -412,13 +395,14 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 
 def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores agent and optimizers from a checkpoint. Returns its global_step."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["agent_config"] != agent.config:
-        raise ArgumentError(f"resume = {path}: of another environment or normalization")
-    agent.load_state_dict(checkpoint["agent"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-        optimizer.load_state_dict(state)
-    return checkpoint["global_step"]
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        agent.load_state_dict(checkpoint["agent"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        return checkpoint["global_step"]
+    except Exception as error:
+        raise ArgumentError(f"resume = {path}: not a checkpoint of such a run") from error
 
 
 def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
@@ -442,11 +426,9 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     done = np.zeros(args.num_envs, bool)
     episode_return = np.zeros(args.num_envs)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
-    iteration = 0
 
     while global_step < args.total_timesteps:
         start = time.perf_counter()
-        iteration += 1
 
         # Anneal from the initial learning rates, which optimizer.defaults keeps
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
@@ -469,7 +451,6 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         # Record
         progress.update(steps)
         metrics["charts/SPS"] = steps / (time.perf_counter() - start)
-        metrics["charts/learning_rate"] = fraction * optimizers[0].defaults["lr"]
         metrics["global_step"] = global_step
         if ended.any():
             metrics["charts/episodic_return"] = rollout.episode_returns[ended].mean().item()
@@ -477,8 +458,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         if not np.isfinite(list(metrics.values())).all():
             raise FloatingPointError(f"not finite: {metrics}")
         log(metrics, run_dir, wandb_run)
-        if iteration % args.save_interval == 0 or global_step >= args.total_timesteps:
-            save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
+        save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
     progress.close()
     envs.close()
 
@@ -514,7 +494,8 @@ def train(args: Args) -> float:
 
 
 if __name__ == "__main__":
+    args = tyro.cli(Args)
     try:
-        train(tyro.cli(Args))
+        train(args)
     except (ArgumentError, gym.error.Error, ImportError, OSError) as error:
         sys.exit(str(error))
