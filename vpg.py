@@ -8,7 +8,6 @@ Run: python vpg.py --env-id CartPole-v1
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.spaces import Box, Discrete, flatdim
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
@@ -75,12 +75,12 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ArgumentError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
-    if obs_space.shape != (gym.spaces.flatdim(obs_space),):
+    if obs_space.shape != (flatdim(obs_space),):
         envs = gym.wrappers.vector.FlattenObservation(envs)
     space: Any = envs.single_action_space
-    if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and len(space.shape) == 1:
+    if isinstance(space, Box) and space.dtype.kind == "f" and len(space.shape) == 1:
         return gym.wrappers.vector.ClipAction(envs)
-    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
+    if isinstance(space, Discrete) and space.start == 0:
         return envs
     raise ArgumentError(f"env_id = {args.env_id}: needs actions 0 to n - 1 or a vector of floats")
 
@@ -160,7 +160,7 @@ class Agent(nn.Module):
     @torch.inference_mode()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: a sample, or the most likely one if greedy."""
-        policy: Any = self.policy(obs)
+        policy = self.policy(obs)
         action = policy.mode if greedy else policy.sample()
         return action.cpu().numpy()
 
@@ -349,11 +349,11 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # in the whole process: small networks need no more
     # FlattenObservation makes Discrete observations one-hot.
-    one_hot = isinstance(envs.unwrapped.single_observation_space, gym.spaces.Discrete)
+    one_hot = isinstance(envs.unwrapped.single_observation_space, Discrete)
     agent = Agent(
-        num_inputs=gym.spaces.flatdim(envs.single_observation_space),
-        num_actions=gym.spaces.flatdim(envs.single_action_space),
-        continuous=isinstance(envs.single_action_space, gym.spaces.Box),
+        num_inputs=flatdim(envs.single_observation_space),
+        num_actions=flatdim(envs.single_action_space),
+        continuous=isinstance(envs.single_action_space, Box),
         normalize=args.normalize_observations and not one_hot,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
@@ -437,4 +437,4 @@ if __name__ == "__main__":
     try:
         train(args)
     except (ArgumentError, gym.error.Error, ImportError, OSError) as error:
-        sys.exit(str(error))
+        raise SystemExit(str(error)) from error

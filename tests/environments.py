@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import ppo
@@ -139,21 +139,16 @@ gym.register("SameStep-v0", vector_entry_point=same_step)
 OBSERVATIONS = {
     "Discrete": Discrete(3),
     "Image": Box(-1, 1, (2, 2, 3)),
-    "Scalar": Box(-1, 1, ()),
     "Bytes": Box(0, 255, (4,), np.uint8),
     "Switches": MultiDiscrete([2, 3]),
     "Dict": Dict({"place": Box(-1, 1, (2, 2)), "room": Discrete(3)}),
 }
-ACTIONS = {
-    "Echo": Box(-0.5, 0.25, (2, 3)),
-    "Double": Box(-0.5, 0.5, (2,), np.float64),
-    "FromMinusOne": Discrete(3, start=-1),
-}
+ACTIONS = {"Echo": Box(-0.5, 0.25, (6,)), "Double": Box(-0.5, 0.5, (2,), np.float64)}
 REFUSED = {
-    "MultiDiscrete": MultiDiscrete([2, 3]),
-    "MultiBinary": MultiBinary(2),
+    "FromMinusOne": Discrete(3, start=-1),
+    "Grid": Box(-1, 1, (2, 3)),
     "Integers": Box(0, 5, (2,), np.int64),
-    "DictActions": Dict({"turn": Discrete(2)}),
+    "Several": MultiDiscrete([2, 3]),
 }
 for name, space in OBSERVATIONS.items():
     gym.register(f"{name}-v0", Spaces, kwargs={"observation": space})

@@ -17,7 +17,7 @@ import ppo
 import reinforce
 
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 300, "eval_episodes": 2}
-SCALED = {"normalize_observations": True, "save_interval": 1}
+SCALED = {"normalize_observations": True}
 each = pytest.mark.parametrize("script", LEARNERS)
 
 
@@ -84,10 +84,9 @@ def test_features_that_hardly_vary_do_no_harm(tmp_path, monkeypatch):
 
 REFUSALS = [
     ("env_id", "SameStep-v0", "NEXT_STEP"),
-    *[("env_id", f"{name}-v0", "needs Discrete or float actions") for name in REFUSED],
+    *[("env_id", f"{name}-v0", "needs actions 0 to n - 1 or a vector") for name in REFUSED],
     ("total_timesteps", 0, "at least 1"),
     ("num_envs", -3, "at least 1"),
-    ("save_interval", 0, "at least 1"),
     ("gamma", 1.5, "from 0 to 1"),
     ("gamma", -0.1, "from 0 to 1"),
     ("gae_lambda", 1.01, "from 0 to 1"),
@@ -95,7 +94,6 @@ REFUSALS = [
     ("learning_rate", -0.1, "at least 0"),
     ("max_grad_norm", math.nan, "at least 0"),
     ("device", "cuda", "finds no GPU"),
-    ("num_minibatches", 513, "too many for a rollout"),
 ]
 
 
@@ -117,10 +115,8 @@ def test_what_cannot_work_is_refused_by_name(script, name, value, message, tmp_p
 
 
 def test_limits_work_themselves_and_integers_as_floats():
-    ppo.check_args(ppo.Args(num_envs=4, num_steps=9, num_minibatches=16))
-    ppo.check_args(ppo.Args(gamma=0.0, gae_lambda=1.0, seed=0))
-    ppo.check_args(ppo.Args(gamma=1.0, gae_lambda=0.0, num_envs=1, num_minibatches=64))
-    ppo.check_args(ppo.Args(gamma=0, gae_lambda=0, ent_coef=0, learning_rate=0))
+    ppo.check_args(ppo.Args(gamma=0, gae_lambda=1.0, seed=0, ent_coef=0, learning_rate=0))
+    ppo.check_args(ppo.Args(gamma=1, gae_lambda=0.0, num_envs=1))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +125,7 @@ def test_limits_work_themselves_and_integers_as_floats():
         ("--env-id CartPoll-v1", "`CartPoll` doesn't exist. Did you mean: `CartPole`?"),
         ("--env-id nowhere:Task-v0", "No module named 'nowhere'"),
         ("--num-envs 0", "num_envs = 0: must be at least 1"),
-        ("--resume nowhere.pt", "No such file or directory: 'nowhere.pt'"),
+        ("--resume nowhere.pt", "resume = nowhere.pt: not a checkpoint"),
     ],
 )
 def test_the_program_tells_a_wrong_argument_in_one_line(flags, message, tmp_path, monkeypatch):
@@ -151,7 +147,7 @@ def test_a_number_that_is_not_finite_stops_the_run(script, tmp_path, monkeypatch
 
     monkeypatch.setattr(script, "update", poisoned)
     with pytest.raises(FloatingPointError, match=r"not finite: .*losses/entropy.*inf"):
-        train_in(tmp_path / "run", monkeypatch, script, save_interval=1)
+        train_in(tmp_path / "run", monkeypatch, script)
     steps = [row["global_step"] for row in metrics(only_run())]
     checkpoint = torch.load(only_run() / "checkpoint.pt", weights_only=True)
     assert len(steps) == 2 and checkpoint["global_step"] == steps[1]
