@@ -31,6 +31,7 @@ class Args:
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "policy-ladder"  # W&B project
     eval_episodes: int = 100  # greedy episodes after training
+    save_interval: int = 10  # iterations between checkpoints
     resume: str | None = None  # checkpoint to start from
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
@@ -393,9 +394,11 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     done = np.zeros(args.num_envs, bool)
     episode_return = np.zeros(args.num_envs)
     progress = tqdm(total=args.total_timesteps, initial=global_step, disable=dist.get_rank() > 0)
+    iteration = 0
 
     while global_step < args.total_timesteps:
         start = time.perf_counter()
+        iteration += 1
 
         # Anneal from the initial learning rates, which optimizer.defaults keeps
         fraction = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
@@ -430,7 +433,8 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         if dist.get_rank() > 0:
             continue
         log(metrics, run_dir, wandb_run)
-        save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
+        if iteration % args.save_interval == 0 or global_step >= args.total_timesteps:
+            save(run_dir / "checkpoint.pt", agent, optimizers, global_step)
     progress.close()
     envs.close()
 

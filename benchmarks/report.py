@@ -23,8 +23,7 @@ HEAD = """# What the programs learn
 
 Written by `benchmarks/report.py` from runs of `benchmarks/suite.py`. A return is the mean over
 greedy episodes after training. Below is its mean over seeds with a 95 % bootstrap interval, and the
-lowest seed's. Met by: seeds at the goal or above. Collapsed: seeds whose training returns fell
-below half of an earlier level of 40 % of the goal. Seconds are those of training, the median.
+lowest seed's. Met by: seeds at the goal or above. Seconds are those of training, the median.
 """
 
 
@@ -51,16 +50,6 @@ def curve(rows: list[dict[str, float]], grid: np.ndarray) -> list[float]:
     name = "charts/episodic_return"
     points = [(row["global_step"], row[name]) for row in rows if name in row]
     return np.interp(grid, *np.transpose(points)).round(2).tolist() if points else []
-
-
-def collapsed(entry: dict) -> int | str:
-    """Seeds whose mean over five points fell below half of an earlier one of 40 % of the goal."""
-    goal = entry["goal"]
-    if goal is None or goal <= 0 or not all(entry["curves"]):
-        return ""
-    smooth = np.lib.stride_tricks.sliding_window_view(entry["curves"], 5, axis=1).mean(-1)
-    peaks = np.maximum.accumulate(smooth, axis=1)
-    return int(((peaks >= 0.4 * goal) & (smooth < peaks / 2)).any(1).sum())
 
 
 def training_seconds(rows: list[dict[str, float]]) -> float:
@@ -115,11 +104,11 @@ def tables(group: str, entries: dict[tuple[str, str], dict]) -> str:
         mean, low, high = map(number, interval(returns))
         row = [setting, program, str(len(returns)), f"{mean} [{low}, {high}]", number(min(returns))]
         row += ["", ""] if goal is None else [number(goal), str(sum(x >= goal for x in returns))]
-        row += [str(collapsed(entry)), f"{entry['steps']:,}", f"{entry['seconds']:,.1f}"]
+        row += [f"{entry['steps']:,}", f"{entry['seconds']:,.1f}"]
         rows.append(row)
         what = f"- {program} on {setting}: `{entry['command']}`, seeds from {entry['seeds'][0]}: "
         seeds.append(what + ", ".join(map(number, returns)))
-    heads = ["setting", "program", "seeds", "mean", "lowest", "goal", "met by", "collapsed"]
+    heads = ["setting", "program", "seeds", "mean", "lowest", "goal", "met by"]
     places = sorted({place for entry in entries.values() for place in entry["about"]})
     parts = [f"## {group}", table([*heads, "steps", "seconds"], rows), "\n".join(seeds)]
     return "\n\n".join([*parts, "\n".join(f"{place}." for place in places)])

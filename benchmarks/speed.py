@@ -10,11 +10,13 @@ benchmarks/results/speed_NAME.md.
 """
 
 import contextlib
+import cProfile
 import hashlib
 import json
 import math
 import os
 import platform
+import pstats
 import re
 import shlex
 import statistics
@@ -66,7 +68,6 @@ class Solve:
 class Share:
     """Where the time of a run of ppo.py goes, and how much of it is torch and the environment."""
 
-    rounds: int = 3  # runs
     total_timesteps: int = 50_000  # steps of each run
 
 
@@ -217,96 +218,44 @@ def solve(options: Solve) -> None:
     write("solve", "\n".join(text), facts)
 
 
-def timed_run(args) -> dict[str, float]:
-    """Microseconds a step of each part of ppo.py's training, and of what no run can do without.
-
-    Alone are a forward pass of the actor for each step, a forward and a backward pass, clipping and
-    Adam for each minibatch, and Gymnasium's environment without our wrappers.
-    """
-    import gymnasium as gym
-    import torch
-
-    import ppo
-
-    seconds: dict[str, float] = defaultdict(float)
-    agents = []
-
-    def timed(part: str, call):
-        def timed_call(*arguments):
-            start = time.perf_counter()
-            result = call(*arguments)
-            seconds[part] += time.perf_counter() - start
-            return result
-
-        return timed_call
-
-    parts = ("learn", "update", "estimate_advantages", "compute_gae")
-    hooks = {part: timed(part, getattr(ppo, part)) for part in parts}
-    hooks["evaluate"] = lambda agent, _: agents.append(agent) or 0.0
-    wrapper = gym.wrappers.vector.TransformAction  # the outermost of make_envs
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.chdir(folder),
-        patch.multiple(ppo, **hooks),
-        patch.object(wrapper, "step", timed("step", wrapper.step)),
-        patch.object(ppo.Agent, "act", timed("act", ppo.Agent.act)),
-    ):
-        ppo.train(args)
-
-    (agent,) = agents
-    steps = int(agent.obs_stats.count)
-    envs = gym.make_vec(args.env_id, args.num_envs)
-    obs = torch.as_tensor(envs.reset(seed=1)[0])
-    actions = envs.action_space.sample()
-    rows = args.num_envs * args.num_steps // args.num_minibatches
-    minibatch = obs.repeat(-(-rows // len(obs)), 1)[:rows]
-    (optimizer,) = ppo.make_optimizers(agent, args)
-
-    @torch.no_grad()
-    def act_alone():
-        agent.actor(obs)
-
-    def update_alone():
-        loss = agent.actor(minibatch).mean() + agent.critic(minibatch).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-        optimizer.step()
-
-    for _ in range(steps // args.num_envs):
-        timed("act alone", act_alone)()
-        timed("step alone", envs.step)(actions)
-    for _ in range(steps * args.update_epochs // rows):
-        timed("update alone", update_alone)()
-    return {part: 1e6 * value / steps for part, value in seconds.items()}
-
-
 def share(options: Share) -> None:
     sys.path.insert(0, str(ROOT))
+    import torch._dynamo  # noqa: F401, or an optimizer would import it, for seconds
+
     import ppo
 
+    learn = ppo.learn
     total = f"--total-timesteps {options.total_timesteps}"
-    kinds = {"its defaults": total, "CleanRL's hyperparameters": f"{PPO} {total}"}
-    measured: dict = {name: [] for name in kinds}
-    for _ in range(options.rounds):
-        for name, flags in kinds.items():
-            args = tyro.cli(ppo.Args, args=shlex.split(flags))
-            measured[name].append(timed_run(args))
-    text = f"# Where the time of a training run goes\n\n{options.total_timesteps:,} steps of"
-    text += f" CartPole-v1 with ppo.py, medians of {options.rounds} runs, microseconds a step.\n"
-    text += "benchmarks/README.md says how to read it."
-    for name, runs in measured.items():
-        median = {part: statistics.median(one[part] for one in runs) for part in runs[0]}
-        parts = ("act", "step", "estimate_advantages", "update")
-        median["other"] = median["learn"] - sum(median[part] for part in parts)
-        median["learn alone"] = sum(median[f"{part} alone"] for part in ("act", "step", "update"))
-        rows = []
-        for part in (*parts, "other", "learn", "compute_gae"):
-            alone = median.get(f"{part} alone")
-            cells = [f"{median[part]:.2f}", f"{median[part] / median['learn']:.2%}"]
-            rows.append([part, *cells, "" if alone is None else f"{alone:.2f}"])
-        heads = ["part", "microseconds", "share", "torch or the environment alone"]
-        text += f"\n\nWith {name}:\n\n{table(heads, rows)}"
+    text = "# Where the time of a training run goes\n\n"
+    text += f"{total} of CartPole-v1 with ppo.py, in percent of `learn` under cProfile."
+    for name, flags in (("its defaults", ""), ("CleanRL's hyperparameters", PPO)):
+        profile = cProfile.Profile()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.chdir(folder),
+            patch.object(ppo, "learn", lambda *run, of=profile: of.runcall(learn, *run)),
+            patch.object(ppo, "evaluate", lambda *_: 0.0),
+        ):
+            ppo.train(tyro.cli(ppo.Args, args=shlex.split(f"{flags} {total}")))
+        owners: dict[str, float] = defaultdict(float)
+        parts: dict[str, float] = defaultdict(float)
+        calls = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+        for (file, _, function), (_, _, own_time, whole_time, _) in calls.items():
+            path = file.rpartition("site-packages")[2]  # of a built-in, its name tells the package
+            own = path == ppo.__file__
+            found = (name for name in ("torch", "gymnasium") if name in path + function)
+            owners["ppo.py" if own else next(found, "NumPy, GAE and Python")] += own_time
+            if own or "compute_gae" in function:
+                parts[function] = max(parts[function], whole_time)  # two are called update
+        whole = parts["learn"]
+        for head, column in (("in code of", owners), ("in a call of", parts)):
+            ordered = sorted(column.items(), key=lambda item: -item[1])
+            rows = [
+                [key, f"{value / whole:.2%}"]
+                for key, value in ordered
+                if value > whole / 3000 and key[0] != "<"
+            ]
+            text += f"\n\nWith {name}:\n\n{table([head, 'share'], rows)}"
     write("share", text, about())
 
 

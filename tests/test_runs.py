@@ -17,7 +17,7 @@ from tqdm import tqdm
 import ppo
 
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 512, "eval_episodes": 2}
-SMALL |= {"normalize_observations": True}
+SMALL |= {"normalize_observations": True, "save_interval": 2}
 each = pytest.mark.parametrize("script", LEARNERS)
 
 
@@ -81,12 +81,14 @@ def test_steps_returns_learning_rates_and_checkpoints(script, anneal_lr, monkeyp
     spy(monkeypatch, script, "update", before_update)
     spy(monkeypatch, script, "save", lambda *args: saved.append(args[3]))
     wanted = {"num_envs": 2, "num_steps": 21, "total_timesteps": 200, "eval_episodes": 3}
+    wanted["save_interval"] = 2
     assert script.train(arguments(script, "Steady-v0", **wanted, anneal_lr=anneal_lr)) == 20
     first = [optimizer.defaults["lr"] for optimizer in start(script, "Steady-v0").optimizers]
     expected = np.outer([1, 0.8, 0.6, 0.4, 0.2] if anneal_lr else np.ones(5), first)
     np.testing.assert_allclose(rates, expected)
     *rows, _ = metrics(only_run())
-    assert [row["global_step"] for row in rows] == saved == [40, 80, 120, 160, 200]
+    assert [row["global_step"] for row in rows] == [40, 80, 120, 160, 200]
+    assert saved == [80, 160, 200]
     assert [row["charts/episodic_return"] for row in rows] == [20] * 5
 
 
@@ -292,7 +294,7 @@ def test_a_run_killed_at_the_worst_instant_resumes(owner, name, nth, when, monke
     old = only_run()
     files, step = contents(old), load(old / "checkpoint.pt")["global_step"]
     steps = [json.loads(line)["global_step"] for line in files["metrics.jsonl"].splitlines()]
-    assert step in steps[-2:]
+    assert step in steps[-3:]
     ppo.train(replace(args, resume=str(old / "checkpoint.pt")))
     (new,) = {*Path("runs").iterdir()} - {old}
     assert load(new / "checkpoint.pt")["global_step"] >= args.total_timesteps

@@ -15,7 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import suite  # noqa: E402
 import sweep  # noqa: E402
 
-SMALL = "--env-id CartPole-v1 --eval-episodes 2 --total-timesteps"
+SMALL = "--env-id CartPole-v1 --eval-episodes 2 --save-interval 1 --total-timesteps"
 
 
 def make_run(command: str, **fields) -> suite.Run:

@@ -17,7 +17,7 @@ import ppo
 import reinforce
 
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 300, "eval_episodes": 2}
-SCALED = {"normalize_observations": True}
+SCALED = {"normalize_observations": True, "save_interval": 1}
 each = pytest.mark.parametrize("script", LEARNERS)
 
 
@@ -87,6 +87,7 @@ REFUSALS = [
     *[("env_id", f"{name}-v0", "needs actions 0 to n - 1 or a vector") for name in REFUSED],
     ("total_timesteps", 0, "at least 1"),
     ("num_envs", -3, "at least 1"),
+    ("save_interval", 0, "at least 1"),
     ("gamma", 1.5, "from 0 to 1"),
     ("gamma", -0.1, "from 0 to 1"),
     ("gae_lambda", 1.01, "from 0 to 1"),
@@ -147,7 +148,7 @@ def test_a_number_that_is_not_finite_stops_the_run(script, tmp_path, monkeypatch
 
     monkeypatch.setattr(script, "update", poisoned)
     with pytest.raises(FloatingPointError, match=r"not finite: .*losses/entropy.*inf"):
-        train_in(tmp_path / "run", monkeypatch, script)
+        train_in(tmp_path / "run", monkeypatch, script, save_interval=1)
     steps = [row["global_step"] for row in metrics(only_run())]
     checkpoint = torch.load(only_run() / "checkpoint.pt", weights_only=True)
     assert len(steps) == 2 and checkpoint["global_step"] == steps[1]
