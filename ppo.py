@@ -35,7 +35,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1, if not Discrete
+    normalize_observations: bool = True  # to mean 0 and deviation 1, unless Discrete
     normalize_rewards: bool = True  # scale so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
@@ -49,7 +49,7 @@ class Args:
     update_epochs: int = 6  # epochs over each rollout
     num_minibatches: int = 8  # minibatches in an epoch
     clip_coef: float = 0.2  # eps of the clipped objective
-    vf_coef: float = 0.5  # weight of the value loss
+    vf_coef: float = 0.5  # weight of the value loss, half a squared error
     target_kl: float | None = None  # stop the epochs once the KL divergence exceeds it
 
 
@@ -195,8 +195,7 @@ def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: in
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
-        outcome = envs.step(actions)[:4]  # without infos
-        next_obs, rewards, terminations, truncations = [x.copy() for x in outcome]
+        next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
         episode_return = np.where(done, 0.0, episode_return + rewards)
         step = (~done, obs, actions, next_obs, rewards, terminations, truncations, episode_return)
         steps.append(step)
@@ -287,7 +286,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-        # KL(pi_old, pi) of the last minibatch: http://joschu.net/blog/kl-approx.html
+        # KL(pi_old, pi) on the last minibatch, before its step: http://joschu.net/blog/kl-approx.html
         approx_kl = (ratio - 1 - log_ratio).mean().detach()
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
@@ -305,7 +304,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of greedy episodes. Stops after total_timesteps steps in all."""
+    """Mean return of greedy episodes, cut after total_timesteps steps if some never end."""
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
@@ -346,8 +345,10 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores agent and optimizers from a checkpoint. Returns its global_step."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["agent_config"] != agent.config:
+            raise ValueError("other networks or another normalization")
         agent.load_state_dict(checkpoint["agent"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         return checkpoint["global_step"]
     except Exception as error:
