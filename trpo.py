@@ -356,7 +356,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of greedy episodes, cut after total_timesteps steps if some never end."""
+    """Mean return of greedy episodes, cut after total_timesteps steps."""
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
     returns = np.zeros(args.eval_episodes)
