@@ -15,6 +15,7 @@ from environments import LEARNERS, Steady, arguments, metrics, only_run, start
 from tqdm import tqdm
 
 import ppo
+import trpo
 import vpg
 
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 512, "eval_episodes": 2}
@@ -178,13 +179,13 @@ def test_resuming_goes_on_from_what_was_saved(script, monkeypatch):
 
 def test_only_checkpoints_of_the_same_networks_are_resumed():
     """trpo.py has one optimizer, vpg.py two: Adam's moments of other weights would be misread."""
-    ppo.train(arguments(ppo, "CartPole-v1", **SMALL))
+    trpo.train(arguments(trpo, "CartPole-v1", **SMALL))
     Path("text.pt").write_text("no checkpoint")
     torch.save({"other": 1}, "other.pt")
     path = only_run() / "checkpoint.pt"
-    wrong = [(ppo, "Echo-v0", path, {}), (vpg, "CartPole-v1", path, {})]
-    wrong += [(ppo, "CartPole-v1", name, {}) for name in ("text.pt", "other.pt", "nowhere.pt")]
-    wrong += [(ppo, "CartPole-v1", path, {"normalize_observations": False})]
+    wrong = [(trpo, "Echo-v0", path, {}), (vpg, "CartPole-v1", path, {})]
+    wrong += [(trpo, "CartPole-v1", name, {}) for name in ("text.pt", "other.pt", "nowhere.pt")]
+    wrong += [(trpo, "CartPole-v1", path, {"normalize_observations": False})]
     for script, env_id, resume, changes in wrong:
         args = arguments(script, env_id, **SMALL | changes, resume=str(resume))
         with pytest.raises(script.ArgumentError, match=f"resume = {resume}: not a checkpoint"):

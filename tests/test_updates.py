@@ -216,15 +216,15 @@ def test_ppo_stops_once_the_kl_is_too_large(fraction, stops):
 
 
 @SPACES
-@pytest.mark.parametrize("target_kl, cg_iterations", [(0.01, 3), (0.3, 8)])
-def test_trpo(env_id, target_kl, cg_iterations):
-    wanted = {"target_kl": target_kl, "cg_iterations": cg_iterations, "ent_coef": 0.2}
+@pytest.mark.parametrize("target_kl, cg_iterations, ent_coef", [(0.01, 3, 5.0), (0.3, 8, 0.2)])
+def test_trpo(env_id, target_kl, cg_iterations, ent_coef):
+    wanted = {"target_kl": target_kl, "cg_iterations": cg_iterations, "ent_coef": ent_coef}
     run, batch, known = recorded(trpo, env_id, vf_epochs=4, **wanted)
     old, critic = parameters_of(run.agent, "actor"), parameters_of(run.agent, "critic")
     adam, gradients = reference.Adam(0.01, 0.5), gradients_of(run.optimizers[0])
 
     def objective(p):
-        return reference.surrogate(p, known, old) + 0.2 * mean_entropy(p, known)
+        return reference.surrogate(p, known, old) + ent_coef * mean_entropy(p, known)
 
     def divergence(p):
         policies = [reference.policy_at(p, known.obs) for p in (old, p)]
