@@ -29,23 +29,13 @@ def random_floats(rng, shape, dtype):
 
 
 def lay_out(rng, array):
-    """The same values elsewhere: strided, reversed, Fortran, unaligned or read-only memory."""
-    layout = rng.integers(6)
-    if layout == 1:
-        array = np.asfortranarray(array)
-    elif layout == 2:
-        strided = np.zeros([2 * n + 1 for n in array.shape], array.dtype)
-        strided = strided[tuple(slice(1, None, 2) for _ in array.shape)]
-        strided[...] = array
-        array = strided
-    elif layout == 3:
-        array = np.flip(np.flip(array).copy())
-    elif layout == 4:
-        unaligned = np.frombuffer(b"x" + array.tobytes(), array.dtype, offset=1)
-        array = unaligned.reshape(array.shape)
-    elif layout == 5:
-        array.flags.writeable = False
-    return array
+    """The same values elsewhere: in Fortran order, strided, reversed, unaligned and read-only."""
+    strided = np.zeros([2 * n + 1 for n in array.shape], array.dtype)
+    strided = strided[tuple(slice(1, None, 2) for _ in array.shape)]
+    strided[...] = array
+    unaligned = np.frombuffer(b"x" + array.tobytes(), array.dtype, offset=1).reshape(array.shape)
+    reverse = np.flip(np.flip(array).copy())
+    return [array, np.asfortranarray(array), strided, reverse, unaligned][rng.integers(5)]
 
 
 def random_case(rng, shape, dtype, gamma, gae_lambda):
