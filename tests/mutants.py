@@ -70,7 +70,7 @@ MUTANTS = [
     (UPDATES, "fraction = 0.5**backtracks", "fraction = 0.8**backtracks"),
     (UPDATES, "range(max_backtracks + 1)", "range(max_backtracks)"),
     (UPDATES, "    nn.utils.vector_to_parameters(old_parameters, parameters)\n    return 0.0", "    return 0.0"),
-    (UPDATES, "kl_divergence(old_policy, policy)", "kl_divergence(policy, old_policy)"),
+    (UPDATES, "kl_divergence(old_policy, new_policy)", "kl_divergence(new_policy, old_policy)"),
     # The policy and its inputs
     (UPDATES, 'get_parameter("log_std").exp()', 'get_parameter("log_std").exp() ** 2'),
     (UPDATES, "fisher_product, -gradient", "fisher_product, gradient"),
@@ -178,6 +178,7 @@ MUTANTS = [
     (GAE, "gamma as f32, gamma_lambda as f32", "gamma as f32, (gamma as f32) * (gamma_lambda as f32)"),
     ("test_gae_boundary.py", "(0.0..=1.0).contains(&number)", "(0.0..=2.0).contains(&number)"),
     (ROLLOUTS, "(2**0.5, 2**0.5, 0.01)", "(2**0.5, 1.0, 0.01)"),
+    (UPDATES, "kl_divergence(old_policy, agent.policy(batch.obs))", "kl_divergence(agent.policy(batch.obs), old_policy)"),
 ]
 # fmt: on
 
