@@ -286,7 +286,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-        # KL(pi_old, pi) on the last minibatch, before its step: http://joschu.net/blog/kl-approx.html
+        # KL(pi_old, pi) before the last minibatch's step: http://joschu.net/blog/kl-approx.html
         approx_kl = (ratio - 1 - log_ratio).mean().detach()
         if args.target_kl is not None and approx_kl > args.target_kl:
             break

@@ -299,7 +299,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
             nn.utils.vector_to_parameters(mean, gradients)
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-        # KL(pi_old, pi) on the last minibatch, before its step: http://joschu.net/blog/kl-approx.html
+        # KL(pi_old, pi) before the last minibatch's step: http://joschu.net/blog/kl-approx.html
         approx_kl = (ratio - 1 - log_ratio).mean().detach()
         approx_kl = average(approx_kl)  # so that all processes stop after the same epoch
         if args.target_kl is not None and approx_kl > args.target_kl:
@@ -477,7 +477,7 @@ def train(args: Args) -> float:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if not dist.is_torchelastic_launched():
-        raise SystemExit("ppo_torchrun.py runs under torchrun")
+        raise SystemExit("start it with: torchrun --nproc-per-node 2 ppo_torchrun.py")
     dist.init_process_group()
     try:
         train(args)

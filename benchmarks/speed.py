@@ -241,19 +241,25 @@ def share(options: Share) -> None:
         parts: dict[str, float] = defaultdict(float)
         calls = pstats.Stats(profile).stats  # type: ignore[attr-defined]
         for (file, _, function), (_, _, own_time, whole_time, _) in calls.items():
-            path = file.rpartition("site-packages")[2]  # of a built-in, its name tells the package
-            own = path == ppo.__file__
-            found = (name for name in ("torch", "gymnasium") if name in path + function)
-            owners["ppo.py" if own else next(found, "NumPy, GAE and Python")] += own_time
-            if own or "compute_gae" in function:
+            # The path tells the package, or the name of a function in C.
+            code = file.rpartition("site-packages")[2] + function
+            owner = "NumPy, GAE and Python"
+            for package in ("torch", "gymnasium"):
+                if package in code:
+                    owner = package
+            if file == ppo.__file__:
+                owner = "ppo.py"
                 parts[function] = max(parts[function], whole_time)  # two are called update
+            if "compute_gae" in function:
+                parts["compute_gae"] = whole_time
+            owners[owner] += own_time
         whole = parts["learn"]
         for head, column in (("in code of", owners), ("in a call of", parts)):
             ordered = sorted(column.items(), key=lambda item: -item[1])
             rows = [
                 [key, f"{value / whole:.2%}"]
                 for key, value in ordered
-                if value > whole / 3000 and key[0] != "<"
+                if not key.startswith("<")  # a comprehension
             ]
             text += f"\n\nWith {name}:\n\n{table([head, 'share'], rows)}"
     write("share", text, about())

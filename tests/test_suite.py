@@ -40,6 +40,14 @@ def test_patterns_seeds_and_goals():
         suite.plan(suite.Options(only=("pong",)), [])
 
 
+def test_a_folder_has_one_command_a_name(tmp_path):
+    options = suite.Options(folder=tmp_path)
+    suite.check_commands([make_run("ppo.py")], options)
+    suite.check_commands([make_run("ppo.py")], options)
+    with pytest.raises(SystemExit, match=r"vpg\.py"):
+        suite.check_commands([make_run("vpg.py")], options)
+
+
 def execute(run: suite.Run, folder: Path) -> str:
     """In a process of its own, as a worker of Ray is."""
     code = f"import sys, suite; from pathlib import Path; sys.path.pop(0); r = suite.{run!r}\n"
