@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # else making Adam imports it, which would keep the group alive
 import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from torch import Tensor, nn

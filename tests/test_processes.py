@@ -42,7 +42,9 @@ try:
     script.train(script.Args(**small, total_timesteps=500, exp_name="poisoned"))
 except FloatingPointError:
     print("stopped")
+group = dist.group.WORLD
 dist.destroy_process_group()
+assert sys.getrefcount(group) == 2, "something else keeps the group, and its threads, at the exit"
 """
 
 
