@@ -388,10 +388,8 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     global_step = 0
     if args.resume:
         global_step = load(args.resume, agent, optimizers)
-        torch.manual_seed(args.seed + global_step)  # not the same random numbers again
-    # So far all processes are equal. Now each gets environments and random numbers of its own.
-    args.seed += dist.get_rank() * args.num_envs
-    torch.manual_seed(args.seed + global_step)
+    args.seed += dist.get_rank() * args.num_envs  # from here on each process has its own
+    torch.manual_seed(args.seed + global_step)  # when resuming, not the same again
     obs, _ = envs.reset(seed=args.seed + global_step)
     done = np.zeros(args.num_envs, bool)
     episode_return = np.zeros(args.num_envs)
@@ -417,8 +415,9 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         metrics = update(agent, optimizers, batch, args)
         # Only now, because acting and learning must see the same statistics
         agent.obs_stats.update(batch.obs)
+        steps = len(batch.obs)
         # A metric that is not finite in one process makes the average so: all stop.
-        averages = average(torch.tensor([len(batch.obs), *metrics.values()], device=args.device))
+        averages = average(torch.tensor([steps, *metrics.values()], device=args.device))
         metrics = dict(zip(metrics, averages[1:].tolist()))
         steps = round(averages[0].item() * dist.get_world_size())
         global_step += steps

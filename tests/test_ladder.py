@@ -16,9 +16,9 @@ EXEMPT["reinforce"] = OWN | {"Agent", "Rollout", "collect_rollout", "Batch", "le
 EXEMPT["ppo_torchrun"] = {"RunningMeanStd", "update", "learn", "train"}
 # Tokens and lines of a script, and lines of `diff a.py b.py`: grow one only for an idea.
 SIZES = {"reinforce": (2_685, 378), "vpg": (3_118, 445), "trpo": (3_592, 506), "ppo": (3_242, 454)}
-SIZES["ppo_torchrun"] = (3_528, 488)
+SIZES["ppo_torchrun"] = (3_522, 487)
 DIFFS = {("reinforce", "vpg"): 232, ("vpg", "ppo"): 74, ("vpg", "trpo"): 107}
-DIFFS["ppo", "ppo_torchrun"] = 71
+DIFFS["ppo", "ppo_torchrun"] = 70
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {name: (ROOT / f"{name}.py").read_text() for name in EXEMPT}
 TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
