@@ -51,9 +51,9 @@ def commit() -> str:
     return git("rev-parse", "--short=10", "HEAD") + (" with changes" if changes else "")
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
+def table(frame) -> str:
+    """Markdown of a DataFrame of strings."""
+    lines = [list(frame), ["---"] * len(frame.columns), *frame.values.tolist()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

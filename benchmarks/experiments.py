@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from common import COLORS, OTHER_COLORS, RESULTS, ROOT, STYLE, about, band, table
 from torch.nn.utils import parameters_to_vector
@@ -169,7 +170,7 @@ def tables(data: dict) -> str:
             for way, values in policy["ways"].items()
         ]
         lines += ["", f"At a policy of mean return {policy['return']:.0f}:", ""]
-        lines += [table(["estimate", *heads], rows)]
+        lines += [table(pd.DataFrame(rows, columns=["estimate", *heads]))]
     return "\n".join([*lines, "", f"{data['about']}."])
 
 

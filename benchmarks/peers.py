@@ -41,26 +41,20 @@ def load_script(path: str, flags: tuple[str, ...]):
 
 
 def ours(path: str, *flags: str) -> None:
-    """Times the loop with its logs and checkpoints: from the progress bar to the evaluation."""
+    """Times the loop with its logs and checkpoints, which is what the progress bar sees."""
     import gymnasium as gym
 
     gym.registry["CartPole-v1"].vector_entry_point = None  # one by one, as the others step them
     module, args = load_script(path, flags)
-    tqdm = module.tqdm
-    start, progress = 0.0, None
 
-    def start_clock(*arguments, **keywords):
-        nonlocal start, progress
-        progress = tqdm(*arguments, **keywords)
-        start = time.perf_counter()
-        return progress
+    class Clock(module.tqdm):
+        def close(self):
+            if not self.disable:  # the first time
+                print("SPS:", self.n / self.format_dict["elapsed"])
+            super().close()
 
-    def stop_clock(*_) -> float:
-        print("SPS:", progress.n / (time.perf_counter() - start))
-        return 0.0
-
-    module.tqdm = start_clock
-    module.evaluate = stop_clock
+    module.tqdm = Clock
+    module.evaluate = lambda *_: 0.0
     module.train(args)
 
 
@@ -245,15 +239,16 @@ class Watch:
     LASTING steps, and prints when that began and when the first such look was.
     """
 
-    def __init__(self):
-        self.start = time.perf_counter()  # of training
+    def start(self) -> None:
+        """Training begins."""
+        self.started = time.perf_counter()
         self.paused = 0.0
         self.solved: dict = {}
 
     def look(self, act, steps: int) -> None:
         now = time.perf_counter()
-        train = now - self.start - self.paused
-        look = {"steps": steps, "train": train, "command": train + self.start - START}
+        train = now - self.started - self.paused
+        look = {"steps": steps, "training, s": train, "command, s": train + self.started - START}
         import ppo  # off the clock
 
         args = ppo.Args(env_id="CartPole-v1", total_timesteps=50_000, eval_episodes=100)
@@ -270,14 +265,14 @@ class Watch:
 
 def solve_ours(path: str, *flags: str) -> None:
     module, args = load_script(path, flags)
-    tqdm, update = module.tqdm, module.update
-    watch: Any = None
+    watch = Watch()
+    update = module.update
     steps = 0
 
-    def start_clock(*arguments, **keywords):
-        nonlocal watch
-        watch = Watch()
-        return tqdm(*arguments, **keywords)
+    class Clock(module.tqdm):
+        def __init__(self, **keywords):
+            watch.start()
+            super().__init__(**keywords)
 
     def watched_update(agent, optimizers, batch, args):
         nonlocal steps
@@ -286,7 +281,7 @@ def solve_ours(path: str, *flags: str) -> None:
         watch.look(agent.act, steps)
         return metrics
 
-    module.tqdm, module.update = start_clock, watched_update
+    module.tqdm, module.update = Clock, watched_update
     module.train(args)
 
 
@@ -296,12 +291,11 @@ def solve_cleanrl(path: str, *flags: str) -> None:
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
+    watch = Watch()
     add_scalar, reset = SummaryWriter.add_scalar, gym.vector.SyncVectorEnv.reset
-    watch: Any = None
 
-    def start_clock(self, **keywords):
-        nonlocal watch
-        watch = Watch()
+    def watched_reset(self, **keywords):
+        watch.start()
         return reset(self, **keywords)
 
     def watched_add_scalar(self, tag, value, step):
@@ -310,7 +304,7 @@ def solve_cleanrl(path: str, *flags: str) -> None:
             actor = sys._getframe(1).f_globals["agent"].actor
             watch.look(lambda obs, greedy: actor(torch.as_tensor(obs)).argmax(-1).numpy(), step)
 
-    gym.vector.SyncVectorEnv.reset = start_clock
+    gym.vector.SyncVectorEnv.reset = watched_reset
     SummaryWriter.add_scalar = watched_add_scalar
     cleanrl(path, *flags)
 
@@ -318,9 +312,6 @@ def solve_cleanrl(path: str, *flags: str) -> None:
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
     if arguments[0].isdigit():
-        import torch
-
-        torch.set_num_threads(1)
         globals()[name](int(arguments[0]))
     else:
         globals()[name](*arguments)

@@ -33,33 +33,27 @@ class Options:
     results: Path | None = None  # where to write; by default the same folder
 
 
-def read_metrics(run_dirs: list[Path]) -> list[dict[str, float]]:
+def read_metrics(run_dirs: list[Path]) -> pd.DataFrame:
     """The lines of metrics.jsonl. A resumed run has several folders: the later ones count."""
-    rows: list[dict[str, float]] = []
+    rows = pd.DataFrame()
     for run_dir in run_dirs:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        later = [json.loads(line) for line in lines]
-        if later:
-            first = later[0]["global_step"]
-            rows = [row for row in rows if row["global_step"] < first] + later
+        later = pd.DataFrame(map(json.loads, open(run_dir / "metrics.jsonl")))
+        if len(rows) and len(later):
+            rows = rows[rows["global_step"] < later["global_step"].iloc[0]]
+        rows = pd.concat([rows, later])
     return rows
 
 
-def curve(rows: list[dict[str, float]], grid: np.ndarray) -> list[float]:
+def curve(rows: pd.DataFrame, grid: np.ndarray) -> list[float]:
     """Mean returns of the episodes that ended in each iteration, interpolated at steps of grid."""
-    name = "charts/episodic_return"
-    points = [(row["global_step"], row[name]) for row in rows if name in row]
-    return np.interp(grid, *np.transpose(points)).round(2).tolist() if points else []
+    points = rows.reindex(columns=["global_step", "charts/episodic_return"]).dropna()
+    return np.interp(grid, *points.to_numpy().T).round(2).tolist() if len(points) else []
 
 
-def training_seconds(rows: list[dict[str, float]]) -> float:
-    seconds = 0.0
-    step = 0.0
-    for row in rows:
-        if "charts/SPS" in row:
-            seconds += (row["global_step"] - step) / row["charts/SPS"]
-            step = row["global_step"]
-    return seconds
+def training_seconds(rows: pd.DataFrame) -> float:
+    iterations = rows.dropna(subset="charts/SPS")
+    steps = np.diff(iterations["global_step"], prepend=0)
+    return (steps / iterations["charts/SPS"]).sum()
 
 
 def collect(folder: Path) -> dict | None:
@@ -71,10 +65,11 @@ def collect(folder: Path) -> dict | None:
     if not files:
         return None
     runs = [json.loads(file.read_text()) for file in files]
-    histories = []
-    for file, run in zip(files, runs):
-        histories.append(read_metrics([file.parent / "runs" / part for part in run["parts"]]))
-    steps = [rows[-1]["global_step"] for rows in histories]
+    histories = [
+        read_metrics([file.parent / "runs" / part for part in run["parts"]])
+        for file, run in zip(files, runs)
+    ]
+    steps = [rows["global_step"].iloc[-1] for rows in histories]
     grid = np.linspace(0, min(steps), POINTS + 1)[1:].round()
     return {
         "command": runs[0]["command"],
@@ -95,23 +90,28 @@ def number(value: float) -> str:
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
 
 
-def tables(group: str, entries: dict[tuple[str, str], dict]) -> str:
+def tables(group: str, entries: pd.DataFrame) -> str:
     """Markdown: what each program reached in each setting, every seed's return, and the machine."""
-    rows = []
-    seeds = []
-    for (setting, program), entry in entries.items():
-        returns, goal = entry["returns"], entry["goal"]
-        mean, low, high = map(number, interval(returns))
-        row = [setting, program, str(len(returns)), f"{mean} [{low}, {high}]", number(min(returns))]
-        row += ["", ""] if goal is None else [number(goal), str(sum(x >= goal for x in returns))]
-        row += [f"{entry['steps']:,}", f"{entry['seconds']:,.1f}"]
-        rows.append(row)
-        what = f"- {program} on {setting}: `{entry['command']}`, seeds from {entry['seeds'][0]}: "
-        seeds.append(what + ", ".join(map(number, returns)))
-    heads = ["setting", "program", "seeds", "mean", "lowest", "goal", "met by"]
-    places = sorted({place for entry in entries.values() for place in entry["about"]})
-    parts = [f"## {group}", table([*heads, "steps", "seconds"], rows), "\n".join(seeds)]
-    return "\n\n".join([*parts, "\n".join(f"{place}." for place in places)])
+    returns, goals = entries["returns"], entries["goal"].astype(float)
+    rows = entries[["setting", "program"]].copy()
+    rows["seeds"] = returns.str.len().map(str)
+    rows["mean"] = [
+        "{} [{}, {}]".format(*map(number, interval(x))) if len(x) > 1 else number(x[0])
+        for x in returns
+    ]
+    rows["lowest"] = returns.map(min).map(number)
+    rows["goal"] = ["" if np.isnan(goal) else number(goal) for goal in goals]
+    met = [sum(x >= goal for x in seeds) for seeds, goal in zip(returns, goals)]
+    rows["met by"] = ["" if np.isnan(goal) else str(count) for goal, count in zip(goals, met)]
+    rows["steps"] = entries["steps"].map("{:,}".format)
+    rows["seconds"] = entries["seconds"].map("{:,.1f}".format)
+    lines = [
+        f"- {entry.program} on {entry.setting}: `{entry.command}`, seeds from {entry.seeds[0]}: "
+        + ", ".join(map(number, entry.returns))
+        for entry in entries.itertuples()
+    ]
+    places = sorted({f"{place}." for place in entries["about"].explode().dropna()})
+    return "\n\n".join([f"## {group}", table(rows), "\n".join(lines), "\n".join(places)])
 
 
 def palette(programs: list[str]) -> dict[str, str]:
@@ -121,28 +121,31 @@ def palette(programs: list[str]) -> dict[str, str]:
     return own | dict(zip(others, OTHER_COLORS))
 
 
-def draw(entries: dict[tuple[str, str], dict], file: Path) -> None:
+def draw(frame: pd.DataFrame, file: Path) -> None:
     """Learning curves with a panel for each setting; in a sweep, returns over its settings."""
-    sweep = next(iter(entries.values()))["x"]
-    x, y = (sweep, "greedy return") if sweep else ("environment steps", "return of episodes")
-    rows = []
-    lengths: dict[tuple, int] = {}  # trainings of about the same length share a panel
-    goals = set()
-    for (setting, program), entry in entries.items():
-        length = lengths.setdefault((setting, round(np.log2(entry["steps"]))), entry["steps"])
-        panel = "" if sweep else f"{setting}, {float(f'{length:.1g}'):,.0f} steps"
-        goals.add((panel, entry["goal"]))
-        for seed, points in enumerate(entry["curves"]):
-            found = [(setting, entry["returns"][seed])] if sweep else zip(entry["grid"], points)
-            rows += [{"program": program, "panel": panel, x: a, y: b} for a, b in found]
-    frame = pd.DataFrame(rows)
-    panels = frame["panel"].nunique()
+    frame = frame.copy()
+    x = frame["x"].iloc[0]
+    sweep = pd.notna(x)
+    if sweep:
+        y = "greedy return"
+        frame["panel"] = ""
+        points = frame.rename(columns={"setting": x, "returns": y}).explode(y, ignore_index=True)
+    else:
+        x, y = "environment steps", "return of episodes"
+        # Trainings of about the same length share a panel
+        alike = frame.groupby(["setting", np.log2(frame["steps"]).round()])
+        length = alike["steps"].transform("first").map(lambda steps: float(f"{steps:.1g}"))
+        frame["panel"] = frame["setting"] + length.map(", {:,.0f} steps".format)
+        points = frame.rename(columns={"grid": x, "curves": y}).explode(y)
+        points = points[points[y].str.len() > 0].explode([x, y], ignore_index=True)
+    points = points.infer_objects()
+    panels = points["panel"].nunique()
     grid = sns.relplot(
-        frame,
+        points,
         x=x,
         y=y,
         hue="program",
-        palette=palette(list(frame["program"].unique())),
+        palette=palette(list(points["program"].unique())),
         col="panel",
         col_wrap=min(3, panels),
         kind="line",
@@ -157,12 +160,12 @@ def draw(entries: dict[tuple[str, str], dict], file: Path) -> None:
     )
     grid.set_titles("{col_name}")
     for panel, ax in grid.axes_dict.items():
-        for goal in (goal for where, goal in goals if where == panel and goal is not None):
+        for goal in frame["goal"][frame["panel"] == panel].dropna().unique():
             ax.axhline(goal, linestyle=":", color="black", linewidth=1.2)
         ax.margins(x=0)
         if not sweep:
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    seeds = " or ".join(map(str, sorted({len(entry["seeds"]) for entry in entries.values()})))
+    seeds = " or ".join(map(str, sorted(frame["seeds"].str.len().unique())))
     title = f"mean and 95 % interval of {seeds} seeds; dotted: goal"
     sns.move_legend(grid, "lower center", bbox_to_anchor=(0.5, 1), ncols=6, title=title)
     grid.savefig(file)
@@ -190,15 +193,16 @@ def main(options: Options) -> None:
     names = [name for name in dict.fromkeys([*order, *results]) if name in results]
     lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in names]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    groups: dict[str, dict[tuple[str, str], dict]] = {}
-    for name in names:
-        group, setting, program = name.split("/")
-        groups.setdefault(group, {})[setting, program] = results[name]
-    texts = [tables(group, entries) for group, entries in groups.items()]
-    (target / "learning.md").write_text("\n\n".join([HEAD.strip(), *texts]) + "\n")
+    index = pd.MultiIndex.from_tuples(
+        [name.split("/") for name in names], names=["group", "setting", "program"]
+    )
+    frame = pd.DataFrame([results[name] for name in names], index).reset_index()
+    texts = [HEAD.strip()]
     sns.set_theme(style="whitegrid", rc=STYLE | {"figure.constrained_layout.use": False})
-    for group, entries in groups.items():
+    for group, entries in frame.groupby("group", sort=False):
+        texts.append(tables(group, entries))
         draw(entries, target / f"learning_{group}.png")
+    (target / "learning.md").write_text("\n\n".join(texts) + "\n")
 
 
 if __name__ == "__main__":

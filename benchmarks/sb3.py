@@ -10,10 +10,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
-import numpy as np
 import torch
 import tyro
 from common import ROOT
@@ -33,16 +33,6 @@ class Args:
     seed: int = 1  # seed of parameters, actions and environments
     total_timesteps: int = 50_000  # steps of training
     eval_episodes: int = 100  # greedy episodes after training
-
-
-class Agent:
-    """A model as ppo.evaluate expects it."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def act(self, obs: np.ndarray, greedy: bool) -> np.ndarray:
-        return self.model.predict(obs, deterministic=greedy)[0]
 
 
 def train(args: Args) -> float:
@@ -67,7 +57,8 @@ def train(args: Args) -> float:
         total_timesteps=args.total_timesteps,
         eval_episodes=args.eval_episodes,
     )
-    score = ppo.evaluate(Agent(model), evaluation)
+    agent = SimpleNamespace(act=lambda obs, greedy: model.predict(obs, deterministic=greedy)[0])
+    score = ppo.evaluate(agent, evaluation)
     metrics = {"global_step": model.num_timesteps, "eval/episodic_return": score}
     ppo.log(metrics, run_dir, None)
     return score

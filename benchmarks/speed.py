@@ -2,7 +2,7 @@
 
     python -m uv run --extra peers benchmarks/speed.py train --cleanrl PATH/TO/cleanrl/ppo.py
     python -m uv run --extra peers benchmarks/speed.py solve --cleanrl PATH/TO/cleanrl/ppo.py
-    python -m uv run benchmarks/speed.py share
+    python -m uv run --extra bench benchmarks/speed.py share
 
 Each round runs every program once, one after the other, in a process of its own with one thread. A
 ratio is the median over rounds of two programs' numbers in the same round. Results go to
@@ -19,94 +19,39 @@ import platform
 import pstats
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 from unittest.mock import patch
 
+import pandas as pd
 import tyro
 from common import RESULTS, ROOT, about, table
 from peers import LASTING
 
 # CleanRL's hyperparameters, all written out, so that they do not change with our defaults
 SAME = "--gamma 0.99 --no-normalize-observations --no-normalize-rewards"
-PPO = f"{SAME} --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4"
-PPO += " --learning-rate 2.5e-4 --gae-lambda 0.95 --clip-coef 0.2 --ent-coef 0.01 --vf-coef 0.5"
-PPO += " --max-grad-norm 0.5 --anneal-lr"
-TRPO = f"{SAME} --num-envs 4 --num-steps 128 --gae-lambda 0.95 --cg-iterations 15 --vf-epochs 10"
-TRPO += " --vf-learning-rate 1e-3 --no-anneal-lr --target-kl 0.01 --cg-damping 0.1 --ent-coef 0"
-VPG = f"{SAME} --num-envs 8 --num-steps 128 --gae-lambda 0.97 --vf-epochs 10 --no-anneal-lr"
-VPG += " --learning-rate 5e-3 --vf-learning-rate 2e-2 --ent-coef 0"
+PPO = f"""{SAME} --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4
+    --learning-rate 2.5e-4 --gae-lambda 0.95 --clip-coef 0.2 --ent-coef 0.01 --vf-coef 0.5
+    --max-grad-norm 0.5 --anneal-lr""".split()
+TRPO = f"""{SAME} --num-envs 4 --num-steps 128 --gae-lambda 0.95 --cg-iterations 15 --vf-epochs 10
+    --vf-learning-rate 1e-3 --no-anneal-lr --target-kl 0.01 --cg-damping 0.1 --ent-coef 0""".split()
+VPG = f"""{SAME} --num-envs 8 --num-steps 128 --gae-lambda 0.97 --vf-epochs 10 --no-anneal-lr
+    --learning-rate 5e-3 --vf-learning-rate 2e-2 --ent-coef 0""".split()
 PACKAGES = ("stable-baselines3", "sb3-contrib", "rlox", "torchrl", "jax")
 
 
-@dataclass
-class Train:
-    """Training speed and memory."""
-
-    cleanrl: Path | None = None  # CleanRL's ppo.py; left out without
-    first: Path | None = None  # ppo.py of this project's first edition; left out without
-    rounds: int = 5  # runs of each program
-    total_timesteps: int = 50_176  # steps of each run: whole rollouts of all programs
-
-
-@dataclass
-class Solve:
-    """Steps and seconds until the mean of 100 greedy episodes is at least 475."""
-
-    cleanrl: Path | None = None  # CleanRL's ppo.py; left out without
-    seeds: int = 10  # runs of each program
-
-
-@dataclass
-class Share:
-    """Where the time of a run of ppo.py goes, and how much of it is torch and the environment."""
-
-    total_timesteps: int = 50_000  # steps of each run
-
-
-def programs(options: Train) -> dict[str, list[str]]:
-    """Arguments of peers.py by name. Each is compared with the last name in bold before it."""
-    count = str(options.total_timesteps)
-    steps = ["--total-timesteps", count]
-    found = {"**ppo.py**": ["ours", str(ROOT / "ppo.py"), *PPO.split(), *steps]}
-    if options.first:
-        first = str(options.first.resolve())
-        found["ppo.py, first edition"] = ["ours", first, *PPO.split(), *steps]
-    if options.cleanrl:
-        found["CleanRL PPO"] = [
-            "cleanrl",
-            str(options.cleanrl.resolve()),
-            "--no-cuda",
-            "--no-clip-vloss",
-            *steps,
-        ]
-    return found | {
-        "Stable-Baselines3 PPO": ["sb3_ppo", count],
-        "rlox PPO": ["rlox_ppo", count],
-        "TorchRL PPO": ["torchrl_ppo", count],
-        "PPO fused by XLA": ["xla_ppo", count],
-        "**trpo.py**": ["ours", str(ROOT / "trpo.py"), *TRPO.split(), *steps],
-        "sb3-contrib TRPO": ["sb3_trpo", count],
-        "**vpg.py**": ["ours", str(ROOT / "vpg.py"), *VPG.split(), *steps],
-        "rlox VPG": ["rlox_vpg", count],
-    }
-
-
-def run(arguments: list[str]) -> tuple[str, dict[str, float]]:
+def run(arguments: list) -> tuple[str, dict[str, float]]:
     """Runs peers.py in an empty folder. Returns its output, and what the process took."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
@@ -119,11 +64,20 @@ def run(arguments: list[str]) -> tuple[str, dict[str, float]]:
         raise SystemExit(f"{shlex.join(command)} failed:\n{output[-2000:]}")
     unit = 2**20 if platform.system() == "Darwin" else 2**10
     cpu = usage.ru_utime + usage.ru_stime
-    return output, {"process": seconds, "cpu": cpu, "memory": usage.ru_maxrss / unit}
+    return output, {"process, s": seconds, "CPU, s": cpu, "memory, MiB": usage.ru_maxrss / unit}
 
 
-def spread(values, form: str) -> str:
-    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+def median(form: str) -> Callable[[pd.Series], str]:
+    return lambda values: f"{values.median():{form}}"
+
+
+def spread(form: str) -> Callable[[pd.Series], str]:
+    return lambda values: f"{values.median():{form}} [{values.min():{form}}, {values.max():{form}}]"
+
+
+def summary(results: list[dict], columns: dict[str, Callable]) -> str:
+    """A table with a row for each program, in the order of their first runs."""
+    return table(pd.DataFrame(results).groupby("program", sort=False).agg(columns).reset_index())
 
 
 def write(name: str, text: str, facts: str) -> None:
@@ -131,104 +85,134 @@ def write(name: str, text: str, facts: str) -> None:
     print(text)
 
 
-def machine(options: Train | Solve) -> str:
+def machine(cleanrl: Path | None) -> str:
     facts = about(*PACKAGES)
-    if options.cleanrl:
-        digest = hashlib.sha256(options.cleanrl.read_bytes()).hexdigest()
+    if cleanrl:
+        digest = hashlib.sha256(cleanrl.read_bytes()).hexdigest()
         facts += f"; CleanRL's ppo.py with SHA-256 {digest[:10]}"
     return facts
 
 
-def train(options: Train) -> None:
-    facts = machine(options)
-    rounds = []
-    for number in range(options.rounds):
-        results = {}
-        for name, arguments in programs(options).items():
-            output, usage = run(arguments)
-            # CleanRL prints its speed so far after each iteration, the others once.
-            sps = float(re.findall(r"SPS: ([\d.]+)", output)[-1])
-            results[name] = usage | {"sps": sps}
-            print(f"round {number + 1}: {name}: {results[name]}", flush=True)
-        rounds.append(results)
+def train(
+    cleanrl: Path | None = None,
+    first: Path | None = None,
+    rounds: int = 5,
+    total_timesteps: int = 50_176,
+) -> None:
+    """Training speed and memory.
 
-    rows = []
-    base = ""
-    for name in rounds[0]:
-        base = name if name.startswith("**") else base
-        column = {k: [one[name][k] for one in rounds] for k in rounds[0][name]}
-        speedup = [one[base]["sps"] / one[name]["sps"] for one in rounds]
-        longer = [one[name]["process"] / one[base]["process"] for one in rounds]
-        row = [name, spread(column["sps"], ",.0f"), f"{statistics.median(speedup):.2f}"]
-        row += [f"{statistics.median(column['process']):.1f}", f"{statistics.median(longer):.2f}"]
-        row += [f"{statistics.median(column[key]):,.0f}" for key in ("cpu", "memory")]
-        rows.append(row)
-    heads = ["program", "steps/s", "ours / this", "process, s", "this / ours", "CPU, s"]
-    text = [
-        "# Training speed and memory",
-        "",
-        f"CartPole-v1, {options.total_timesteps:,} steps; medians of {options.rounds} rounds.",
-        "",
-        table([*heads, "memory, MiB"], rows),
-        "",
-        "benchmarks/README.md says how to read it.",
-    ]
-    write("train", "\n".join(text), facts)
-
-
-def solve(options: Solve) -> None:
-    commands = {"ppo.py": ["solve_ours", str(ROOT / "ppo.py")]}
-    if options.cleanrl:
-        commands["CleanRL ppo.py"] = ["solve_cleanrl", str(options.cleanrl.resolve()), "--no-cuda"]
-    facts = machine(options)
-    runs: dict = {name: [] for name in commands}
-    never = dict.fromkeys(("steps", "train", "command"), math.inf)
-    for seed in range(1, options.seeds + 1):
-        for name, arguments in commands.items():
-            output, _ = run([*arguments, "--seed", str(seed)])
-            found = re.search(r"solved (\{.*\})", output)
-            result = json.loads(found[1]) if found else {"first": never, "lasting": never}
-            runs[name].append(result)
-            print(name, seed, result, flush=True)
-
-    text = [
-        "# Seconds until CartPole-v1 is solved",
-        "",
-        "Each program at its defaults, until the mean of 100 greedy episodes is at least 475;",
-        f"median [lowest, highest] of seeds 1 to {options.seeds}.",
-        "training: from the first reset. command: from the first line, with imports.",
-        "The evaluations, one an iteration, are off the clocks.",
-    ]
-    titles = {
-        "lasting": f"For good: at every look over the {LASTING:,} steps that follow",
-        "first": "For the first time, if only at one look",
+    Args:
+        cleanrl: CleanRL's ppo.py; left out without.
+        first: ppo.py of this project's first edition; left out without.
+        rounds: runs of each program.
+        total_timesteps: steps of each run: whole rollouts of all programs.
+    """
+    count = str(total_timesteps)
+    steps = ["--total-timesteps", count]
+    programs = {  # each is compared with the last name in bold before it
+        "**ppo.py**": ["ours", ROOT / "ppo.py", *PPO, *steps],
+        "ppo.py, first edition": first and ["ours", first.resolve(), *PPO, *steps],
+        "CleanRL PPO": cleanrl
+        and ["cleanrl", cleanrl.resolve(), "--no-cuda", "--no-clip-vloss", *steps],
+        "Stable-Baselines3 PPO": ["sb3_ppo", count],
+        "rlox PPO": ["rlox_ppo", count],
+        "TorchRL PPO": ["torchrl_ppo", count],
+        "PPO fused by XLA": ["xla_ppo", count],
+        "**trpo.py**": ["ours", ROOT / "trpo.py", *TRPO, *steps],
+        "sb3-contrib TRPO": ["sb3_trpo", count],
+        "**vpg.py**": ["ours", ROOT / "vpg.py", *VPG, *steps],
+        "rlox VPG": ["rlox_vpg", count],
     }
-    forms = {"steps": ",.0f", "train": ".2f", "command": ".1f"}
-    for when, title in titles.items():
-        rows = []
-        for name, results in runs.items():
-            cells = [spread([one[when][k] for one in results], forms[k]) for k in forms]
-            rows.append([name, *cells])
-        text += [
-            "",
-            f"{title}:",
-            "",
-            table(["program", "steps", "training, s", "command, s"], rows),
-        ]
-    write("solve", "\n".join(text), facts)
+    facts = machine(cleanrl)
+    results = []
+    for number in range(1, rounds + 1):
+        for name, arguments in programs.items():
+            if not arguments:
+                continue
+            output, result = run(arguments)
+            # CleanRL prints its speed so far after each iteration, the others once.
+            result["steps/s"] = float(re.findall(r"SPS: ([\d.]+)", output)[-1])
+            if name.startswith("**"):
+                base = result
+            result["ours / this"] = base["steps/s"] / result["steps/s"]
+            result["this / ours"] = result["process, s"] / base["process, s"]
+            results.append({"program": name, **result})
+            print(f"round {number}: {results[-1]}", flush=True)
+
+    columns = {
+        "steps/s": spread(",.0f"),
+        "ours / this": median(".2f"),
+        "process, s": median(".1f"),
+        "this / ours": median(".2f"),
+        "CPU, s": median(",.0f"),
+        "memory, MiB": median(",.0f"),
+    }
+    text = f"""# Training speed and memory
+
+CartPole-v1, {total_timesteps:,} steps; medians of {rounds} rounds.
+
+{summary(results, columns)}
+
+benchmarks/README.md says how to read it."""
+    write("train", text, facts)
 
 
-def share(options: Share) -> None:
+def solve(cleanrl: Path | None = None, seeds: int = 10) -> None:
+    """Steps and seconds until the mean of 100 greedy episodes is at least 475.
+
+    Args:
+        cleanrl: CleanRL's ppo.py; left out without.
+        seeds: runs of each program.
+    """
+    commands: dict[str, list] = {"ppo.py": ["solve_ours", ROOT / "ppo.py"]}
+    if cleanrl:
+        commands["CleanRL ppo.py"] = ["solve_cleanrl", cleanrl.resolve(), "--no-cuda"]
+    facts = machine(cleanrl)
+    columns = {"steps": spread(",.0f"), "training, s": spread(".2f"), "command, s": spread(".1f")}
+    never = dict.fromkeys(columns, math.inf)
+    results: dict[str, list[dict]] = {"lasting": [], "first": []}
+    for seed in range(1, seeds + 1):
+        for name, arguments in commands.items():
+            output, _ = run([*arguments, "--seed", seed])
+            solved = re.search(r"solved (\{.*\})", output)
+            looks = json.loads(solved[1]) if solved else {}
+            for when, found in results.items():
+                found.append({"program": name, **looks.get(when, never)})
+            print(name, seed, looks, flush=True)
+
+    text = f"""# Seconds until CartPole-v1 is solved
+
+Each program at its defaults, until the mean of 100 greedy episodes is at least 475;
+median [lowest, highest] of seeds 1 to {seeds}.
+training: from the first reset. command: from the first line, with imports.
+The evaluations, one an iteration, are off the clocks.
+
+For good: at every look over the {LASTING:,} steps that follow:
+
+{summary(results["lasting"], columns)}
+
+For the first time, if only at one look:
+
+{summary(results["first"], columns)}"""
+    write("solve", text, facts)
+
+
+def share(total_timesteps: int = 50_000) -> None:
+    """Where the time of a run of ppo.py goes, and how much of it is torch and the environment.
+
+    Args:
+        total_timesteps: steps of each run.
+    """
     sys.path.insert(0, str(ROOT))
     import torch._dynamo  # noqa: F401, or an optimizer would import it, for seconds
 
     import ppo
 
     learn = ppo.learn
-    total = f"--total-timesteps {options.total_timesteps}"
+    steps = ["--total-timesteps", str(total_timesteps)]
     text = "# Where the time of a training run goes\n\n"
-    text += f"{total} of CartPole-v1 with ppo.py, in percent of `learn` under cProfile."
-    for name, flags in (("its defaults", ""), ("CleanRL's hyperparameters", PPO)):
+    text += f"{' '.join(steps)} of CartPole-v1 with ppo.py, in percent of `learn` under cProfile."
+    for name, flags in {"its defaults": [], "CleanRL's hyperparameters": PPO}.items():
         profile = cProfile.Profile()
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -236,39 +220,26 @@ def share(options: Share) -> None:
             patch.object(ppo, "learn", lambda *run, of=profile: of.runcall(learn, *run)),
             patch.object(ppo, "evaluate", lambda *_: 0.0),
         ):
-            ppo.train(tyro.cli(ppo.Args, args=shlex.split(f"{flags} {total}")))
-        owners: dict[str, float] = defaultdict(float)
-        parts: dict[str, float] = defaultdict(float)
-        calls = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-        for (file, _, function), (_, _, own_time, whole_time, _) in calls.items():
-            # The path tells the package, or the name of a function in C.
-            code = file.rpartition("site-packages")[2] + function
-            owner = "NumPy, GAE and Python"
-            for package in ("torch", "gymnasium"):
-                if package in code:
-                    owner = package
-            if file == ppo.__file__:
-                owner = "ppo.py"
-                parts[function] = max(parts[function], whole_time)  # two are called update
-            if "compute_gae" in function:
-                parts["compute_gae"] = whole_time
-            owners[owner] += own_time
-        whole = parts["learn"]
-        for head, column in (("in code of", owners), ("in a call of", parts)):
-            ordered = sorted(column.items(), key=lambda item: -item[1])
-            rows = [
-                [key, f"{value / whole:.2%}"]
-                for key, value in ordered
-                if not key.startswith("<")  # a comprehension
-            ]
-            text += f"\n\nWith {name}:\n\n{table([head, 'share'], rows)}"
+            ppo.train(tyro.cli(ppo.Args, args=[*flags, *steps]))
+        stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+        columns = ["first calls", "calls", "own time", "whole time", "callers"]
+        calls = pd.DataFrame(stats.values(), columns=columns)
+        calls["file"], _, function = zip(*stats)
+        function = pd.Series(function).replace(".*compute_gae.*", "compute_gae", regex=True)
+        # The path tells the package, or the name of a function in C.
+        code = calls["file"].str.rpartition("site-packages")[2] + function
+        ours = calls["file"] == ppo.__file__
+        owner = code.str.extract("(torch|gymnasium)", expand=False).mask(ours, "ppo.py")
+        own_time = calls["own time"].groupby(owner.fillna("NumPy, GAE and Python")).sum()
+        named = (ours & ~function.str.startswith("<")) | (function == "compute_gae")
+        # max: two are called update
+        whole_time = calls["whole time"][named].groupby(function).max()
+        for head, times in {"in code of": own_time, "in a call of": whole_time}.items():
+            shares = (times / whole_time["learn"]).sort_values(ascending=False).map("{:.2%}".format)
+            rows = shares.rename_axis(head).reset_index(name="share")
+            text += f"\n\nWith {name}:\n\n{table(rows)}"
     write("share", text, about())
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(
-        Annotated[Train, tyro.conf.subcommand("train")]
-        | Annotated[Solve, tyro.conf.subcommand("solve")]
-        | Annotated[Share, tyro.conf.subcommand("share")]
-    )
-    {Train: train, Solve: solve, Share: share}[type(chosen)](chosen)
+    tyro.extras.subcommand_cli_from_dict({"train": train, "solve": solve, "share": share})
