@@ -268,24 +268,22 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """Learns from a batch. Returns metrics."""
-    optimizer = optimizers[0]
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
     old_log_probs = agent.policy(batch.obs).log_prob(batch.actions).detach()
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
+        for rows in torch.randperm(len(batch.obs)).tensor_split(args.num_minibatches):
             policy = agent.policy(batch.obs[rows])
             log_ratio = policy.log_prob(batch.actions[rows]) - old_log_probs[rows]
             ratio = log_ratio.exp()
-            clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            objective = torch.min(ratio * advantages[rows], clipped_ratio * advantages[rows])
-            policy_loss = -objective.mean()
+            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            policy_loss = -torch.min(ratio * advantages[rows], clipped * advantages[rows]).mean()
             value_loss = 0.5 * ((agent.value(batch.obs[rows]) - batch.returns[rows]) ** 2).mean()
             entropy = policy.entropy().mean()
             loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-            optimizer.zero_grad()
+            optimizers[0].zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            optimizer.step()
+            optimizers[0].step()
         # KL(pi_old, pi) before the last minibatch's step: http://joschu.net/blog/kl-approx.html
         approx_kl = (ratio - 1 - log_ratio).mean().detach()
         if args.target_kl is not None and approx_kl > args.target_kl:
@@ -298,7 +296,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
         "losses/value_loss": value_loss.item(),
         "losses/entropy": entropy.item(),
         "losses/approx_kl": approx_kl.item(),
-        "losses/clipfrac": (ratio != clipped_ratio).float().mean().item(),
+        "losses/clipfrac": (ratio != clipped).float().mean().item(),
         "losses/explained_variance": 1 - unexplained.item(),
     }
 
@@ -371,7 +369,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     global_step = 0
     if args.resume:
         global_step = load(args.resume, agent, optimizers)
-        torch.manual_seed(args.seed + global_step)  # not the same random numbers again
+    torch.manual_seed(args.seed + global_step)  # so that resuming draws new numbers
     obs, _ = envs.reset(seed=args.seed + global_step)
     done = np.zeros(args.num_envs, bool)
     episode_return = np.zeros(args.num_envs)

@@ -302,7 +302,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     global_step = 0
     if args.resume:
         global_step = load(args.resume, agent, optimizers)
-        torch.manual_seed(args.seed + global_step)  # not the same random numbers again
+    torch.manual_seed(args.seed + global_step)  # so that resuming draws new numbers
     envs.reset(seed=args.seed + global_step)  # only seeds: each rollout resets again
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     iteration = 0

@@ -303,8 +303,8 @@ def line_search(parameters: list, step: Tensor, accept, max_backtracks: int) -> 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """Learns from a batch. Returns metrics."""
-    value_optimizer = optimizers[0]
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
+    value_optimizer = optimizers[0]
     policy = agent.policy(batch.obs)
     # At the old parameters all ratios are 1. So the objective has the gradient of VPG.
     policy_loss = -(policy.log_prob(batch.actions) * advantages).mean()
@@ -423,7 +423,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     global_step = 0
     if args.resume:
         global_step = load(args.resume, agent, optimizers)
-        torch.manual_seed(args.seed + global_step)  # not the same random numbers again
+    torch.manual_seed(args.seed + global_step)  # so that resuming draws new numbers
     obs, _ = envs.reset(seed=args.seed + global_step)
     done = np.zeros(args.num_envs, bool)
     episode_return = np.zeros(args.num_envs)

@@ -1,8 +1,7 @@
 """Vanilla Policy Gradient: REINFORCE with a learned value function V(s) as its baseline.
 
 V(s) also estimates the rewards after a rollout's end, so rollouts may have any length.
-    gradient = E[grad log pi(a_t|s_t) A_t],    A_t = delta_t + (gamma lambda) delta_{t+1} + ...
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+    gradient = E[grad log pi(a|s) A],  A_t = r_t + gamma V(s_{t+1}) - V(s_t) + gamma lambda A_{t+1}
 Paper: Schulman et al. 2016, https://arxiv.org/abs/1506.02438
 Run: python vpg.py --env-id CartPole-v1
 """
@@ -267,8 +266,8 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """Learns from a batch. Returns metrics."""
-    policy_optimizer, value_optimizer = optimizers
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
+    policy_optimizer, value_optimizer = optimizers
     policy = agent.policy(batch.obs)
     policy_loss = -(policy.log_prob(batch.actions) * advantages).mean()
     entropy = policy.entropy().mean()
@@ -362,7 +361,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     global_step = 0
     if args.resume:
         global_step = load(args.resume, agent, optimizers)
-        torch.manual_seed(args.seed + global_step)  # not the same random numbers again
+    torch.manual_seed(args.seed + global_step)  # so that resuming draws new numbers
     obs, _ = envs.reset(seed=args.seed + global_step)
     done = np.zeros(args.num_envs, bool)
     episode_return = np.zeros(args.num_envs)
