@@ -7,7 +7,6 @@ pytest-benchmark compare gae.json --group-by group --columns median,rounds --nam
 
 import json
 import sys
-import timeit
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +36,7 @@ def torch_rows(*case):
     return lambda: rows(torch, rewards, values, dones)
 
 
-def by_env(rewards, values, terminations, truncations, gamma, decay, advantages, returns):
-    for n in range(rewards.shape[1]):
-        advantage = 0 * rewards[0, 0]
-        for t in range(rewards.shape[0] - 1, -1, -1):
-            next_value = (not terminations[t, n]) * values[t + 1, n]
-            delta = rewards[t, n] + gamma * next_value - values[t, n]
-            trace = decay * (not (terminations[t, n] | truncations[t, n]))
-            advantages[t, n] = advantage = delta + trace * advantage
-            returns[t, n] = advantage + values[t, n]
-
-
-def by_step(rewards, values, terminations, truncations, gamma, decay, advantages, returns):
+def loops(rewards, values, terminations, truncations, gamma, decay, advantages, returns):
     advantage = np.zeros_like(rewards[0])
     for t in range(rewards.shape[0] - 1, -1, -1):
         for n in range(rewards.shape[1]):
@@ -60,21 +48,15 @@ def by_step(rewards, values, terminations, truncations, gamma, decay, advantages
 
 
 def numba(*case):
-    """The faster of the two loop orders."""
-    njit = pytest.importorskip("numba").njit
+    compiled = pytest.importorskip("numba").njit(loops)
     discounts = [case[0].dtype.type(x) for x in (GAMMA, GAMMA * GAE_LAMBDA)]
 
-    def allocating(function):
-        def call():
-            outputs = np.empty_like(case[0]), np.empty_like(case[0])
-            function(*case, *discounts, *outputs)
-            return outputs
+    def call():
+        outputs = np.empty_like(case[0]), np.empty_like(case[0])
+        compiled(*case, *discounts, *outputs)
+        return outputs
 
-        call()
-        return call
-
-    calls = [allocating(njit(loop)) for loop in (by_env, by_step)]
-    return min(calls, key=lambda call: min(timeit.repeat(call, number=1, repeat=9)))
+    return call
 
 
 def rlox(rewards, values, terminations, truncations):

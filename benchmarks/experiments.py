@@ -104,8 +104,7 @@ def moments(estimates: np.ndarray, reference: np.ndarray) -> list[list[float]]:
     """What estimates (n, P) of a gradient are worth, each as [value, low, high] (95 % bootstrap).
 
     With variance = trace of the covariance of one estimate, signal = squared norm of the mean:
-    variance / reference's variance; signal / variance; squared bias against the reference /
-    reference's signal; variance / reference's signal.
+    variance / reference's variance; squared bias / reference's signal; variance / that signal.
     """
     half = len(estimates) // 2
     drawn = np.random.default_rng(0).multinomial(half, np.full(half, 1 / half), (2, 1000)) / half
@@ -120,8 +119,7 @@ def moments(estimates: np.ndarray, reference: np.ndarray) -> list[list[float]]:
         return (both @ np.square(x).sum(1) - np.square(both @ x).sum(1)) * len(x) / (len(x) - 1)
 
     noise, true = variance(estimates), signal(reference)
-    ratios = [noise / variance(reference), signal(estimates) / noise]
-    ratios += [signal(estimates - reference) / true, noise / true]
+    ratios = noise / variance(reference), signal(estimates - reference) / true, noise / true
     return [[r[0], *np.percentile(r[1:], (2.5, 97.5))] for r in ratios]
 
 
@@ -138,20 +136,19 @@ def compare(agent: vpg.Agent, ways: dict, reference: str) -> dict:
 def draw(data: dict) -> None:
     plt.rcParams.update(STYLE)
     title = f"CartPole-v1, {ESTIMATES} estimates of {EPISODES} episodes, 95 % intervals"
-    fig, axes = plt.subplots(1, 2, figsize=(12, 5.2))
+    fig, ax = plt.subplots(figsize=(8, 5.2))
     x = [policy["return"] for policy in data["ideas"]]
-    names = ("variance (total return: 1)", "|mean|² / variance")
-    for number, (ax, name) in enumerate(zip(axes, names)):
-        for way, color in zip(IDEAS, IDEA_COLORS):
-            values = np.transpose([policy["ways"][way][number] for policy in data["ideas"]])
-            band(ax, x, values, way, color=color, marker="o")
-        ax.set(title=name, yscale="log", xlabel="mean return of the policy", xlim=(x[0], x[-1]))
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, title=title)
+    for way, color in zip(IDEAS, IDEA_COLORS):
+        values = np.transpose([policy["ways"][way][0] for policy in data["ideas"]])
+        band(ax, x, values, way, color=color, marker="o")
+    ax.set(yscale="log", xlabel="mean return of the policy", xlim=(x[0], x[-1]))
+    ax.set_ylabel("variance / that of total return")
+    fig.legend(loc="outside upper center", ncols=2, title=title)
     fig.savefig(RESULTS / "variance.png")
 
     fig, ax = plt.subplots(figsize=(8, 5.2))
     x = np.arange(len(LAMBDAS))
-    bias, variance = (np.transpose([w[n] for w in data["gae"]["ways"].values()]) for n in (2, 3))
+    bias, variance = (np.transpose([w[n] for w in data["gae"]["ways"].values()]) for n in (1, 2))
     band(ax, x[:-1], bias[:, :-1], "squared bias", color=OTHER_COLORS[2], marker="o")
     band(ax, x, variance, "variance", color=OTHER_COLORS[1], marker="o")
     ax.set(yscale="log", xlabel="λ of GAE", ylabel="share of |mean at λ = 1|²", xlim=(0, x[-1]))
@@ -163,7 +160,7 @@ def draw(data: dict) -> None:
 def tables(data: dict) -> str:
     lines = ["# The gradient's variance and bias", "", "Written by `benchmarks/experiments.py`."]
     lines += ["Each value has a 95 % bootstrap interval. The reference is total return, or λ = 1."]
-    heads = ["variance / reference's", "signal / variance", "bias² / signal", "variance / signal"]
+    heads = ["variance / reference's", "bias² / signal", "variance / signal"]
     for policy in [*data["ideas"], data["gae"]]:
         rows = [
             [way, *("{:.3g} [{:.3g}, {:.3g}]".format(*value) for value in values)]

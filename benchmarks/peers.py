@@ -7,28 +7,25 @@ steps a second of training. `solve_ours` and `solve_cleanrl` print when CartPole
 function imports what it needs, so that no program pays for another's imports.
 """
 
+import importlib
+import json
+import os
+import runpy
+import sys
 import time
-
-START = time.perf_counter()
-
-import importlib  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import runpy  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from types import SimpleNamespace  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 LASTING = 5_000  # steps over which every look must pass
 
 
-def print_speed(train: Callable[[int], Any], steps: int) -> None:
+def print_speed(train: Callable[[int], Any], steps: str) -> None:
     start = time.perf_counter()
-    train(steps)
-    print("SPS:", steps / (time.perf_counter() - start))
+    train(int(steps))
+    print("SPS:", int(steps) / (time.perf_counter() - start))
 
 
 def load_script(path: str, flags: tuple[str, ...]):
@@ -64,7 +61,7 @@ def cleanrl(path: str, *flags: str) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-def sb3_ppo(steps: int) -> None:
+def sb3_ppo(steps: str) -> None:
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
@@ -75,7 +72,7 @@ def sb3_ppo(steps: int) -> None:
     print_speed(model.learn, steps)
 
 
-def sb3_trpo(steps: int) -> None:
+def sb3_trpo(steps: str) -> None:
     from sb3_contrib import TRPO
     from stable_baselines3.common.env_util import make_vec_env
 
@@ -84,7 +81,7 @@ def sb3_trpo(steps: int) -> None:
     print_speed(model.learn, steps)
 
 
-def rlox_ppo(steps: int) -> None:
+def rlox_ppo(steps: str) -> None:
     from rlox.algorithms.ppo import PPO
 
     settings: dict = {"learning_rate": 2.5e-4, "anneal_lr": True, "clip_vloss": False}
@@ -94,7 +91,7 @@ def rlox_ppo(steps: int) -> None:
     print_speed(model.train, steps)
 
 
-def rlox_vpg(steps: int) -> None:
+def rlox_vpg(steps: str) -> None:
     from rlox.algorithms.vpg import VPG
 
     settings: dict = {"learning_rate": 5e-3, "vf_lr": 2e-2, "vf_epochs": 10, "gae_lambda": 0.97}
@@ -102,7 +99,7 @@ def rlox_vpg(steps: int) -> None:
     print_speed(model.train, steps)
 
 
-def torchrl_ppo(steps: int) -> None:
+def torchrl_ppo(steps: str) -> None:
     import gymnasium as gym
     import torch
     from tensordict.nn import TensorDictModule
@@ -154,7 +151,7 @@ def torchrl_ppo(steps: int) -> None:
     print_speed(train, steps)
 
 
-def xla_ppo(steps: int, num_envs: int = 4, num_steps: int = 128) -> None:
+def xla_ppo(steps: str) -> None:
     """The shape of PureJaxRL: environments and learning as one program, compiled by XLA."""
     import flax.linen as nn
     import jax
@@ -167,7 +164,8 @@ def xla_ppo(steps: int, num_envs: int = 4, num_steps: int = 128) -> None:
 
     env = CartPoleFunctional()
     actor, critic = mlp(2), mlp(1)
-    batch_size, num_updates = num_envs * num_steps, steps // (num_envs * num_steps)
+    num_envs, num_steps, batch_size = 4, 128, 512
+    num_updates = int(steps) // batch_size
     learning_rate = optax.linear_schedule(2.5e-4, 0.0, num_updates * 16)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(learning_rate, eps=1e-5))
 
@@ -229,7 +227,7 @@ def xla_ppo(steps: int, num_envs: int = 4, num_steps: int = 128) -> None:
     state = (params, optimizer.init(params), obs, jnp.zeros(num_envs, int), key)
     train = jax.jit(lambda state: jax.lax.scan(iterate, state, None, num_updates))
     compiled = train.lower(state).compile()
-    print_speed(lambda _: jax.block_until_ready(compiled(state)), num_updates * batch_size)
+    print_speed(lambda _: jax.block_until_ready(compiled(state)), steps)
 
 
 class Watch:
@@ -247,8 +245,7 @@ class Watch:
 
     def look(self, act, steps: int) -> None:
         now = time.perf_counter()
-        train = now - self.started - self.paused
-        look = {"steps": steps, "training, s": train, "command, s": train + self.started - START}
+        look = {"steps": steps, "training, s": now - self.started - self.paused}
         import ppo  # off the clock
 
         args = ppo.Args(env_id="CartPole-v1", total_timesteps=50_000, eval_episodes=100)
@@ -311,7 +308,4 @@ def solve_cleanrl(path: str, *flags: str) -> None:
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
-    if arguments[0].isdigit():
-        globals()[name](int(arguments[0]))
-    else:
-        globals()[name](*arguments)
+    globals()[name](*arguments)

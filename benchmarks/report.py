@@ -182,21 +182,11 @@ def main(options: Options) -> None:
     for folder in folders:
         entry = collect(folder)
         if entry:
-            results["/".join(folder.parts[-3:])] = entry
-    commands = json.loads(Path(__file__).with_name("commands.json").read_text())
-    order = [
-        f"{group}/{setting}/{program}"
-        for group, entry in commands.items()
-        for setting in entry["settings"]
-        for program in entry["programs"]
-    ]
-    names = [name for name in dict.fromkeys([*order, *results]) if name in results]
-    lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in names]
+            results["/".join(folder.parts[-3:])] = entry  # in the place of the one before, if any
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in results.items()]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    index = pd.MultiIndex.from_tuples(
-        [name.split("/") for name in names], names=["group", "setting", "program"]
-    )
-    frame = pd.DataFrame([results[name] for name in names], index).reset_index()
+    frame = pd.DataFrame(results.values())
+    frame[["group", "setting", "program"]] = [name.split("/") for name in results]
     texts = [HEAD.strip()]
     sns.set_theme(style="whitegrid", rc=STYLE | {"figure.constrained_layout.use": False})
     for group, entries in frame.groupby("group", sort=False):

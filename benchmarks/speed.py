@@ -168,7 +168,7 @@ def solve(cleanrl: Path | None = None, seeds: int = 10) -> None:
     if cleanrl:
         commands["CleanRL ppo.py"] = ["solve_cleanrl", cleanrl.resolve(), "--no-cuda"]
     facts = machine(cleanrl)
-    columns = {"steps": spread(",.0f"), "training, s": spread(".2f"), "command, s": spread(".1f")}
+    columns = {"steps": spread(",.0f"), "training, s": spread(".2f")}
     never = dict.fromkeys(columns, math.inf)
     results: dict[str, list[dict]] = {"lasting": [], "first": []}
     for seed in range(1, seeds + 1):
@@ -184,8 +184,7 @@ def solve(cleanrl: Path | None = None, seeds: int = 10) -> None:
 
 Each program at its defaults, until the mean of 100 greedy episodes is at least 475;
 median [lowest, highest] of seeds 1 to {seeds}.
-training: from the first reset. command: from the first line, with imports.
-The evaluations, one an iteration, are off the clocks.
+Training is timed from the first reset, without the evaluations, one an iteration.
 
 For good: at every look over the {LASTING:,} steps that follow:
 
