@@ -4,16 +4,7 @@ parameters: a dict of arrays, named "actor.0.weight", "critic.4.bias" and so on.
 M is the number of steps, D that of observed features, K that of a network's outputs.
 """
 
-from typing import NamedTuple
-
 import numpy as np
-
-
-class Policy(NamedTuple):
-    """pi(a|s) at M observations."""
-
-    outputs: np.ndarray  # (M, K): logits, or means if there is a log_std
-    log_std: np.ndarray | None  # (K,)
 
 
 def network(parameters, name, x):
@@ -25,45 +16,44 @@ def network(parameters, name, x):
     return x
 
 
-def policy_at(parameters, obs):
-    return Policy(network(parameters, "actor", obs), parameters.get("actor.log_std"))
-
-
-def values_at(parameters, obs):
-    """V(s), (M,)."""
-    return network(parameters, "critic", obs)[:, 0]
+def policy(parameters, obs):
+    """Logits (M, K) and None, or means (M, K) and the logarithms of their deviations (K,)."""
+    return network(parameters, "actor", obs), parameters.get("actor.log_std")
 
 
 def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def log_prob(policy, actions):
+def log_prob(parameters, batch):
     """log pi(a|s), (M,), of actions (M,) or (M, K)."""
-    if policy.log_std is None:
-        return log_softmax(policy.outputs)[np.arange(len(actions)), actions]
-    variance = np.exp(2 * policy.log_std)
-    density = np.exp(-((actions - policy.outputs) ** 2) / (2 * variance))
+    outputs, log_std = policy(parameters, batch.obs)
+    if log_std is None:
+        return log_softmax(outputs)[np.arange(len(outputs)), batch.actions]
+    variance = np.exp(2 * log_std)
+    density = np.exp(-((batch.actions - outputs) ** 2) / (2 * variance))
     return np.log(density / np.sqrt(2 * np.pi * variance)).sum(-1)
 
 
-def entropy(policy):
-    """-E[log pi(a|s)], (M,)."""
-    if policy.log_std is None:
-        logs = log_softmax(policy.outputs)
-        return -(np.exp(logs) * logs).sum(-1)
-    each = 0.5 * np.log(2 * np.pi * np.e * np.exp(policy.log_std) ** 2)
-    return np.full(len(policy.outputs), each.sum())
+def entropy(parameters, batch):
+    """E[-log pi(a|s)], with the mean over actions exact."""
+    outputs, log_std = policy(parameters, batch.obs)
+    if log_std is None:
+        logs = log_softmax(outputs)
+        return -(np.exp(logs) * logs).sum(-1).mean()
+    return 0.5 * np.log(2 * np.pi * np.e * np.exp(log_std) ** 2).sum()
 
 
-def kl(old, new):
-    """KL(old, new) = E_old[log old - log new], (M,)."""
-    if old.log_std is None:
-        old_logs, new_logs = log_softmax(old.outputs), log_softmax(new.outputs)
-        return (np.exp(old_logs) * (old_logs - new_logs)).sum(-1)
-    old_var, new_var = np.exp(2 * old.log_std), np.exp(2 * new.log_std)
-    moved = (old_var + (old.outputs - new.outputs) ** 2) / new_var
-    return 0.5 * (moved - 1 + np.log(new_var / old_var)).sum(-1)
+def kl(old_parameters, parameters, batch):
+    """E[KL(pi_old, pi)] = E[log pi_old(a|s) - log pi(a|s)], with a of pi_old."""
+    old, old_log_std = policy(old_parameters, batch.obs)
+    new, new_log_std = policy(parameters, batch.obs)
+    if old_log_std is None:
+        old_logs, new_logs = log_softmax(old), log_softmax(new)
+        return (np.exp(old_logs) * (old_logs - new_logs)).sum(-1).mean()
+    old_var, new_var = np.exp(2 * old_log_std), np.exp(2 * new_log_std)
+    moved = (old_var + (old - new) ** 2) / new_var
+    return 0.5 * (moved - 1 + np.log(new_var / old_var)).sum(-1).mean()
 
 
 def standardize(x):
@@ -93,31 +83,31 @@ def scale_observations(obs, seen):
 
 def reinforce_loss(parameters, batch, num_episodes):
     """Minus the mean over episodes of sum_t log pi(a_t|s_t) R_t."""
-    logs = log_prob(policy_at(parameters, batch.obs), batch.actions)
-    return -(logs * batch.returns).sum() / num_episodes
+    return -(log_prob(parameters, batch) * batch.returns).sum() / num_episodes
 
 
-def vpg_loss(parameters, batch):
-    """-E[log pi(a|s) A]."""
-    advantages = standardize(batch.advantages)
-    return -np.mean(log_prob(policy_at(parameters, batch.obs), batch.actions) * advantages)
+def vpg_loss(parameters, batch, ent_coef=0.0):
+    """-E[log pi(a|s) A], and minus the entropy bonus."""
+    loss = -np.mean(log_prob(parameters, batch) * standardize(batch.advantages))
+    return loss - ent_coef * entropy(parameters, batch)
 
 
 def value_loss(parameters, batch):
     """Half the mean squared error of V."""
-    return 0.5 * np.mean((values_at(parameters, batch.obs) - batch.returns) ** 2)
+    values = network(parameters, "critic", batch.obs)[:, 0]
+    return 0.5 * np.mean((values - batch.returns) ** 2)
 
 
 def ratios(parameters, batch, old_parameters):
     """r = pi(a|s) / pi_old(a|s), (M,)."""
-    old = log_prob(policy_at(old_parameters, batch.obs), batch.actions)
-    return np.exp(log_prob(policy_at(parameters, batch.obs), batch.actions) - old)
+    return np.exp(log_prob(parameters, batch) - log_prob(old_parameters, batch))
 
 
-def surrogate(parameters, batch, old_parameters):
-    """E[r A], which TRPO maximizes."""
-    advantages = standardize(batch.advantages)
-    return np.mean(ratios(parameters, batch, old_parameters) * advantages)
+def surrogate(parameters, batch, old_parameters, ent_coef):
+    """E[r A] and the entropy bonus, which TRPO maximizes."""
+    r = ratios(parameters, batch, old_parameters)
+    bonus = ent_coef * entropy(parameters, batch)
+    return np.mean(r * standardize(batch.advantages)) + bonus
 
 
 def clipped_loss(parameters, batch, old_parameters, eps):
@@ -127,17 +117,21 @@ def clipped_loss(parameters, batch, old_parameters, eps):
     return -np.mean(r * batch.advantages)
 
 
+def ppo_loss(parameters, batch, old_parameters, eps, vf_coef, ent_coef):
+    """Minus eq. 9 of the paper of PPO."""
+    loss = clipped_loss(parameters, batch, old_parameters, eps)
+    loss += vf_coef * value_loss(parameters, batch)
+    return loss - ent_coef * entropy(parameters, batch)
+
+
 def approx_kl(r):
     """Schulman's estimator of KL(pi_old, pi) from ratios (M,)."""
     return np.mean((r - 1) - np.log(r))
 
 
-def clip_fraction(r, eps):
-    return np.mean(np.abs(r - 1) > eps)
-
-
-def explained_variance(values, returns):
-    return 1 - np.var(returns - values) / np.var(returns)
+def explained_variance(batch):
+    """1 - Var(R - V) / Var(R), where R - V is the advantage."""
+    return 1 - np.var(batch.advantages) / np.var(batch.returns)
 
 
 def flatten(parameters):
@@ -150,17 +144,13 @@ def unflatten(vector, like):
     return {name: part.reshape(like[name].shape) for name, part in zip(like, parts)}
 
 
-def derivative(function, parameters):
-    """d function / d parameters by central differences, (..., P)."""
+def derivative(function, parameters, *rest):
+    """d function(parameters, *rest) / d parameters by central differences, (..., P)."""
     vector, columns = flatten(parameters), []
     for shift in 1e-5 * np.eye(len(vector)):
-        sides = [function(unflatten(vector + sign * shift, parameters)) for sign in (1, -1)]
+        sides = [function(unflatten(vector + s, parameters), *rest) for s in (shift, -shift)]
         columns.append((sides[0] - sides[1]) / 2e-5)
     return np.stack(columns, -1)
-
-
-def clip_norm(gradient, max_norm):
-    return gradient * min(1, max_norm / np.linalg.norm(gradient))
 
 
 class Adam:
@@ -171,9 +161,10 @@ class Adam:
         self.m = self.v = 0.0
         self.gradients = []
 
-    def minimize(self, loss, parameters):
-        """The parameters after one step down the loss."""
-        gradient = clip_norm(derivative(loss, parameters), self.max_grad_norm)
+    def minimize(self, loss, parameters, *rest):
+        """The parameters after one step down loss(parameters, *rest)."""
+        gradient = derivative(loss, parameters, *rest)
+        gradient *= min(1, self.max_grad_norm / np.linalg.norm(gradient))
         self.gradients.append(gradient)
         t = len(self.gradients)
         self.m = 0.9 * self.m + 0.1 * gradient
@@ -185,20 +176,16 @@ class Adam:
 
 def fisher(parameters, obs):
     """E[score score^T], (P, P), with the mean over actions exact."""
-    policy = policy_at(parameters, obs)
-    jacobians = derivative(lambda p: policy_at(p, obs).outputs, parameters)  # (M, K, P)
-    matrix = 0
-    for outputs, jacobian in zip(policy.outputs, jacobians):
-        if policy.log_std is None:
-            probs = np.exp(log_softmax(outputs))
-            information = np.diag(probs) - np.outer(probs, probs)
-        else:
-            information = np.diag(np.exp(-2 * policy.log_std))
-        matrix = matrix + jacobian.T @ information @ jacobian / len(obs)
-    if policy.log_std is not None:
-        deviations = derivative(lambda p: p["actor.log_std"], parameters)  # (K, P)
-        matrix = matrix + 2 * deviations.T @ deviations
-    return matrix
+    outputs, log_std = policy(parameters, obs)
+    if log_std is None:
+        scores = derivative(lambda p: log_softmax(policy(p, obs)[0]), parameters)  # (M, K, P)
+        probs = np.exp(log_softmax(outputs))
+        return np.einsum("mk, mkp, mkq -> pq", probs, scores, scores) / len(obs)
+    means = derivative(lambda p: policy(p, obs)[0], parameters)  # (M, K, P)
+    deviations = derivative(lambda p: p["actor.log_std"], parameters)  # (K, P)
+    precision = np.exp(-2 * log_std)
+    matrix = np.einsum("k, mkp, mkq -> pq", precision, means, means) / len(obs)
+    return matrix + 2 * deviations.T @ deviations
 
 
 def conjugate_gradient(matrix, b, iterations):

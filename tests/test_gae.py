@@ -1,40 +1,90 @@
-"""What GAE is: the kernel equals its reference bit for bit, and both equal the definition."""
+"""GAE: the kernel equals its reference bit for bit, both are the definition; what it refuses."""
+
+import itertools
+import re
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_rollouts import agrees, random_case
 
 from gae_kernel import compute_gae
 from vpg import compute_gae_python
 
 both = pytest.mark.parametrize("gae", [compute_gae, compute_gae_python])
-unit = st.sampled_from([0.0, 1.0]) | st.floats(0, 1)
+seeds = st.integers(0, 2**32 - 1)
+# NumPy's scalars, such as those of np.linspace, must not turn float32 arrays into float64.
+unit = st.sampled_from([0.0, 1.0, np.float64(0.95)]) | st.floats(0, 1)
+
+
+def same_bits(actual, expected):
+    """Equal dtypes, shapes and bits, where a NaN equals a NaN whatever its payload."""
+    canonical = [np.where(np.isnan(x), np.nan, x).tobytes() for x in (actual, expected)]
+    same_type = actual.dtype == expected.dtype and actual.shape == expected.shape
+    return same_type and canonical[0] == canonical[1]
+
+
+def agrees(*arguments):
+    with np.errstate(all="ignore"):
+        expected = compute_gae_python(*arguments)
+    return all(map(same_bits, compute_gae(*arguments), expected))
+
+
+def random_floats(rng, shape, dtype):
+    """Normal values, of which none, some or all are replaced by special ones."""
+    limits = np.finfo(dtype)
+    special = [0.0, np.inf, np.nan, limits.smallest_subnormal, limits.tiny, limits.max, 1.0]
+    floats = rng.standard_normal(shape).astype(dtype)
+    replaced = rng.random(shape) < rng.choice([0.0, 0.1, 1.0])
+    return np.where(replaced, np.copysign(rng.choice(special, shape), floats).astype(dtype), floats)
+
+
+def lay_out(rng, array):
+    """The same values elsewhere: in Fortran order, strided, reversed, unaligned and read-only."""
+    strided = np.zeros([2 * n + 1 for n in array.shape], array.dtype)
+    strided = strided[tuple(slice(1, None, 2) for _ in array.shape)]
+    strided[...] = array
+    unaligned = np.frombuffer(b"x" + array.tobytes(), array.dtype, offset=1).reshape(array.shape)
+    reverse = np.flip(np.flip(array).copy())
+    return [array, np.asfortranarray(array), strided, reverse, unaligned][rng.integers(5)]
+
+
+def random_rollout(seed, shape, dtype):
+    rng = np.random.default_rng(seed)
+    floats = [random_floats(rng, rows, dtype) for rows in (shape, (shape[0] + 1, *shape[1:]))]
+    flags = [rng.random(shape) < rng.choice([0.0, 0.1, 0.5, 1.0]) for _ in range(2)]
+    return [lay_out(rng, array) for array in floats + flags]
 
 
 @given(
-    st.integers(0, 2**32 - 1),
+    seeds,
     st.tuples(st.integers(0, 33)) | st.tuples(st.integers(0, 9), st.integers(0, 150)),
     st.sampled_from(["f4", "f8"]),
     unit,
     unit,
 )
 def test_the_kernel_equals_the_reference_bit_for_bit(seed, shape, dtype, gamma, gae_lambda):
-    assert agrees(random_case(np.random.default_rng(seed), shape, dtype, gamma, gae_lambda))
+    assert agrees(*random_rollout(seed, shape, dtype), gamma, gae_lambda)
 
 
-@pytest.mark.parametrize("shape", [(2048, 1), (2048,), (2048, 64), (128, 1029), (500, 2500)])
+LARGE = [(2048, 1), (2048,), (2048, 64), (128, 1029), (500, 2500)]
+EMPTY = [(0,), (0, 3), (3, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("shape", LARGE + EMPTY)
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_large_rollouts_too_are_equal_bit_for_bit(shape, dtype):
-    rng = np.random.default_rng(0)
-    assert agrees(random_case(rng, shape, dtype, 0.99, 0.95))
+def test_large_and_empty_rollouts_too_are_equal_bit_for_bit(shape, dtype):
+    assert agrees(*random_rollout(0, shape, dtype), 0.99, 0.95)
 
 
-def rollout(steps=40, envs=3, ends=0.1):
+def plain_rollout(ends):
     rng = np.random.default_rng(0)
-    floats = rng.standard_normal((steps, envs)), rng.standard_normal((steps + 1, envs))
-    return *floats, *(rng.random((2, steps, envs)) < ends)
+    floats = rng.standard_normal((40, 3)), rng.standard_normal((41, 3))
+    return *floats, *(rng.random((2, 40, 3)) < ends)
 
 
 def definition(rewards, values, terminations, truncations, gamma, gae_lambda):
@@ -55,29 +105,122 @@ def definition(rewards, values, terminations, truncations, gamma, gae_lambda):
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("dtype, rtol", [("f4", 1e-5), ("f8", 1e-13)])
 def test_both_equal_the_definition_to_rounding(gae, gamma, gae_lambda, dtype, rtol):
-    rewards, values, *flags = rollout()
+    rewards, values, *flags = plain_rollout(ends=0.1)
     expected = definition(rewards, values, *flags, gamma, gae_lambda)
-    advantages, returns = gae(
-        rewards.astype(dtype), values.astype(dtype), *flags, gamma, gae_lambda
-    )
-    np.testing.assert_allclose(advantages, expected, rtol, atol=rtol * 10)
-    np.testing.assert_allclose(returns, expected + values[:-1], rtol, atol=rtol * 10)
+    actual = gae(rewards.astype(dtype), values.astype(dtype), *flags, gamma, gae_lambda)
+    np.testing.assert_allclose(actual, [expected, expected + values[:-1]], rtol, atol=rtol * 10)
 
 
 @both
 @pytest.mark.parametrize("terminated, truncated", [(True, False), (False, True), (True, True)])
 def test_an_end_cuts_the_trace_and_only_a_truncation_bootstraps(gae, terminated, truncated):
-    rewards, values, terminations, truncations = rollout(ends=0)
+    rewards, values, terminations, truncations = plain_rollout(ends=0)
     terminations[20], truncations[20] = terminated, truncated
-    head = [rewards[:21], values[:22].copy(), np.zeros((21, 3), bool), np.zeros((21, 3), bool)]
-    if terminated:
-        head[1][-1] = 0.0
     whole = gae(rewards, values, terminations, truncations, 0.9, 0.8)
-    for actual, expected in zip(whole, gae(*head, 0.9, 0.8), strict=True):
-        np.testing.assert_array_equal(actual[:21], expected)
+    if terminated:
+        values[21] = 0.0
+    unended = np.zeros((21, 3), bool)
+    head = gae(rewards[:21], values[:22], unended, unended, 0.9, 0.8)
+    np.testing.assert_array_equal([x[:21] for x in whole], head)
 
 
-def test_numpy_scalars_for_discounts_change_no_dtype():
-    """A sweep over np.linspace gives such discounts; a NumPy scalar would promote float32."""
-    *arrays, _, _ = random_case(np.random.default_rng(0), (20, 3), "f4", 0.9, 0.8)
-    assert agrees([*arrays, np.float64(0.99), np.float64(0.95)])
+REWARDS, VALUES = np.zeros((4, 2), "f4"), np.zeros((5, 2), "f4")
+FLAGS = np.zeros((4, 2), bool)
+FITS = "for rewards of shape (4, 2), not"
+
+
+@pytest.mark.parametrize(
+    "name, wrong, error, message",
+    [
+        ("rewards", [0.0], TypeError, "be a float32 or float64 array, not list"),
+        ("rewards", FLAGS, TypeError, "be a float32 or float64 array, not bool"),
+        ("values", None, TypeError, "be a float32 array, not NoneType"),
+        ("values", VALUES.astype(">f4"), TypeError, "be a float32 array, not >f4"),
+        ("values", VALUES.astype("f8"), TypeError, "be a float32 array, not float64"),
+        ("terminations", REWARDS, TypeError, "be a bool array, not float32"),
+        ("truncations", REWARDS, TypeError, "be a bool array, not float32"),
+        ("rewards", VALUES[None], ValueError, "have shape (T, N) or (T,), not (1, 5, 2)"),
+        ("rewards", VALUES[0, 0, ...], ValueError, "have shape (T, N) or (T,), not ()"),
+        ("values", VALUES[1:], ValueError, f"have shape (5, 2) {FITS} (4, 2)"),
+        ("values", VALUES[:, 0], ValueError, f"have shape (5, 2) {FITS} (5,)"),
+        ("terminations", FLAGS[1:], ValueError, f"have shape (4, 2) {FITS} (3, 2)"),
+        ("truncations", FLAGS.T, ValueError, f"have shape (4, 2) {FITS} (2, 4)"),
+        ("gamma", 1.5, ValueError, "be in [0, 1], not 1.5"),
+        ("gamma", float("nan"), ValueError, "be in [0, 1], not nan"),
+        ("gamma", "0.9", TypeError, "be a number, not str"),
+        ("gae_lambda", -0.1, ValueError, "be in [0, 1], not -0.1"),
+        ("gae_lambda", float("inf"), ValueError, "be in [0, 1], not inf"),
+        ("gae_lambda", 10**20, ValueError, "be in [0, 1], not 1"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(name, wrong, error, message):
+    arguments = dict(rewards=REWARDS, values=VALUES, terminations=FLAGS, truncations=FLAGS)
+    with pytest.raises(error, match="^" + re.escape(f"{name} must {message}")):
+        compute_gae(**arguments | {"gamma": 0.9, "gae_lambda": 0.8, name: wrong})
+
+
+def test_a_flag_is_set_by_any_byte_but_0():
+    rewards, values, *flags = random_rollout(0, (20, 9), "f4")
+    rng = np.random.default_rng(0)
+    odd = [(flag * rng.integers(1, 256, flag.shape)).astype("u1").view(bool) for flag in flags]
+    expected = compute_gae(rewards, values, *flags, 0.9, 0.8)
+    assert all(map(same_bits, compute_gae(rewards, values, *odd, 0.9, 0.8), expected))
+
+
+@given(seeds)
+def test_inputs_are_never_written_and_outputs_are_new_arrays_in_c_order(seed):
+    arrays = random_rollout(seed, (20, 19), "f4")
+    before = [array.tobytes() for array in arrays]
+    outputs = compute_gae(*arrays, 0.9, 0.8)
+    assert before == [array.tobytes() for array in arrays]
+    pairs = itertools.combinations([*outputs, *arrays], 2)
+    assert not any(np.shares_memory(a, b) for a, b in pairs)
+    for array in outputs:
+        assert type(array) is np.ndarray
+        assert array.flags.c_contiguous and array.flags.writeable
+
+
+def test_the_gil_is_released():
+    """With preemption off, the other thread moves on only if the kernel lets it."""
+    arrays = random_rollout(0, (256, 4096), "f4")
+    progress, done = 0, False
+
+    def count():
+        nonlocal progress
+        while not done:
+            progress += 1
+            time.sleep(0)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    thread = threading.Thread(target=count)
+    try:
+        thread.start()
+        for _ in range(1000):
+            before = progress
+            compute_gae(*arrays, 0.9, 0.8)
+            if moved := progress > before:
+                break
+    finally:
+        done = True
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert moved
+
+
+AFTER_A_FORK = """
+import os, numpy as np
+from gae_kernel import compute_gae
+x, flags = np.ones((300, 4096), "f4"), np.zeros((300, 4096), bool)
+call = lambda: compute_gae(x, np.ones((301, 4096), "f4"), flags, flags, 0.9, 0.8)[0].tobytes()
+expected = call()
+child = os.fork()
+if not child:
+    os._exit(call() != expected)
+assert os.waitpid(child, 0)[1] == 0 and call() == expected
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_a_fork_after_first_use_does_not_hang():
+    subprocess.run([sys.executable, "-c", AFTER_A_FORK], check=True, timeout=60)
