@@ -71,9 +71,8 @@ def gae(rewards, values, terminated, gamma, gae_lambda):
     successors = values[1:].copy()
     if terminated:
         successors[-1] = 0
-    return discounted_returns(
-        np.asarray(rewards) + gamma * successors - values[:-1], gamma * gae_lambda
-    )
+    deltas = np.asarray(rewards) + gamma * successors - values[:-1]
+    return discounted_returns(deltas, gamma * gae_lambda)
 
 
 def scale_observations(obs, seen):
@@ -120,8 +119,7 @@ def clipped_loss(parameters, batch, old_parameters, eps):
 def ppo_loss(parameters, batch, old_parameters, eps, vf_coef, ent_coef):
     """Minus eq. 9 of the paper of PPO."""
     loss = clipped_loss(parameters, batch, old_parameters, eps)
-    loss += vf_coef * value_loss(parameters, batch)
-    return loss - ent_coef * entropy(parameters, batch)
+    return loss + vf_coef * value_loss(parameters, batch) - ent_coef * entropy(parameters, batch)
 
 
 def approx_kl(r):

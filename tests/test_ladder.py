@@ -22,18 +22,20 @@ DIFFS["ppo", "ppo_torchrun"] = 63
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {name: (ROOT / f"{name}.py").read_text() for name in EXEMPT}
 TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
+DEFINITION = ast.FunctionDef | ast.ClassDef
 
 each = pytest.mark.parametrize("name", TEXTS)
 pairs = pytest.mark.parametrize("one, other", [*itertools.combinations(TEXTS, 2)])
 
 
+def definitions(name):
+    """The text of each function and class."""
+    nodes = [node for node in TREES[name].body if isinstance(node, DEFINITION)]
+    return {node.name: ast.get_source_segment(TEXTS[name], node) for node in nodes}
+
+
 @pairs
 def test_same_name_same_text(one, other):
-    def definitions(name):
-        kinds = ast.FunctionDef | ast.ClassDef
-        nodes = [node for node in TREES[name].body if isinstance(node, kinds)]
-        return {node.name: ast.get_source_segment(TEXTS[name], node) for node in nodes}
-
     ones, others = definitions(one), definitions(other)
     shared = (ones.keys() & others.keys()) - EXEMPT[one] - EXEMPT[other]
     assert {"make_envs", "mlp", "evaluate", "log", "save", "load"} <= shared
@@ -45,7 +47,7 @@ def test_the_rest_of_the_top_level_is_the_same_too(one, other):
     """All but docstring, imports, definitions, the kernel and what ends torchrun's processes."""
 
     def rest(name):
-        own = ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
+        own = DEFINITION | ast.Import | ast.ImportFrom
         own |= ast.Try if "reinforce" in (one, other) else ast.Pass
         own |= ast.If if "ppo_torchrun" in (one, other) else ast.Pass
         return [ast.unparse(node) for node in TREES[name].body[1:] if not isinstance(node, own)]
@@ -56,14 +58,13 @@ def test_the_rest_of_the_top_level_is_the_same_too(one, other):
 @pairs
 def test_shared_arguments_have_the_same_order_and_type(one, other):
     def arguments(name):
-        (args,) = (node for node in TREES[name].body if getattr(node, "name", "") == "Args")
+        (args,) = ast.parse(definitions(name)["Args"]).body
         # What one algorithm needs another may leave out: `float | None` is a float.
         return {x.target.id: ast.unparse(x.annotation).removesuffix(" | None") for x in args.body}
 
     ones, others = arguments(one), arguments(other)
-    assert [x for x in ones.items() if x[0] in others] == [
-        x for x in others.items() if x[0] in ones
-    ]
+    shared = [x for x in ones.items() if x[0] in others]
+    assert shared == [x for x in others.items() if x[0] in ones]
 
 
 @each
@@ -73,8 +74,9 @@ def test_importing_only_defines(name):
     assert isinstance(docstring.value, ast.Constant)
     assert ast.unparse(main.test) == "__name__ == '__main__'"
     for node in nodes:
-        kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Try)
-        assert isinstance(node, kinds), ast.unparse(node)
+        assert isinstance(node, DEFINITION | ast.Import | ast.ImportFrom | ast.Try), ast.unparse(
+            node
+        )
         if isinstance(node, ast.Try):
             assert not [x for x in ast.walk(node) if isinstance(x, ast.Call)]
 
@@ -97,13 +99,12 @@ def test_a_script_is_plain(name):
 
 def count_tokens(text):
     """What there is to read: names, operators, numbers and strings, however they are laid out."""
-    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-    layout |= {tokenize.ENCODING, tokenize.ENDMARKER}
     count = depth = 0  # from Python 3.12 on, an f-string has tokens of its own: it counts as one
-    for token in tokenize.tokenize(io.BytesIO(text.encode()).readline):
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
         name = tokenize.tok_name[token.type]
         depth -= name == "FSTRING_END"
-        count += depth == 0 and token.type not in layout and name != "FSTRING_END"
+        layout = name == "COMMENT" or not token.string.strip()
+        count += depth == 0 and not layout and name != "FSTRING_END"
         depth += name == "FSTRING_START"
     return count
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,7 @@ import suite  # noqa: E402
 import sweep  # noqa: E402
 
 SMALL = "--env-id CartPole-v1 --eval-episodes 2 --save-interval 1 --total-timesteps"
-
-
-def make_run(command: str, **fields) -> suite.Run:
-    fields = {"seed": 1, "resume": False, "goal": 10.0, "x": None} | fields
-    return suite.Run("group/setting/program", command, **fields)
+make_run = partial(suite.Run, "group/setting/program", seed=1, resume=False, goal=10.0, x=None)
 
 
 def test_every_command_of_the_suite_has_flags_that_its_script_takes():

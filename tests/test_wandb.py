@@ -42,11 +42,13 @@ def run_python(folder, *arguments, **variables):
     )  # fmt: skip
 
 
-def records(path):
-    """Each record of a local W&B run as (type, content), from wandb's own reader."""
+def read(path):
+    """The run and the history of a local W&B file, from wandb's own reader."""
     reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", path]
     lines = subprocess.run(reader, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [(record["type"], record[record["type"]]) for record in map(json.loads, lines)]
+    records = [json.loads(line) for line in lines]
+    *_, run = (record["run"] for record in records if record["type"] == "run")
+    return run, [record["history"] for record in records if record["type"] == "history"]
 
 
 @pytest.mark.slow
@@ -54,18 +56,16 @@ def test_an_offline_run_holds_all_and_leaves_other_runs_alone(tmp_path):
     done = run_python(tmp_path, "-c", CODE, WANDB_MODE="offline", WANDB_RUN_GROUP="g")
     assert done.returncode == 0 and "it raised" in done.stdout, done.stderr
     (run_dir,) = tmp_path.glob("runs/environments-Scripted-v0__ppo__1__*")
-    local = [records(path) for path in tmp_path.glob("wandb/offline-run-*/*.wandb")]
-    runs = [dict(records)["run"] for records in local]
-    assert sorted(run["project"] for run in runs) == ["own", "p", "policy-ladder"]
-    (index,) = (i for i, run in enumerate(runs) if run["project"] == "p")
-    run, rows = runs[index], [content for kind, content in local[index] if kind == "history"]
+    local = [read(path) for path in tmp_path.glob("wandb/offline-run-*/*.wandb")]
+    local.sort(key=lambda pair: pair[0]["project"])
+    assert [run["project"] for run, _ in local] == ["own", "p", "policy-ladder"]
+    (_, own_rows), (run, rows), _ = local
+    assert "still" in str(own_rows)
     assert run["display_name"].startswith("environments:Scripted-v0__ppo__1__")
     assert run["run_group"] == "g"
     assert json.loads(json.dumps(run["config"]["update"])).items() >= {"num_steps": 64}.items()
     steps = {row["step"]["num"] for row in rows}
     assert steps == {row["global_step"] for row in metrics(run_dir)}
-    (still,) = (r for r, run in zip(local, runs) if run["project"] == "own")
-    assert "still" in str([content for kind, content in still if kind == "history"])
 
 
 @pytest.mark.slow
