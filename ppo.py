@@ -35,7 +35,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = True  # to mean 0 and deviation 1, unless Discrete
+    normalize_observations: bool = True  # to mean 0 and deviation 1
     normalize_rewards: bool = True  # scale so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
@@ -44,7 +44,7 @@ class Args:
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
-    ent_coef: float = 0.03  # weight of the entropy bonus
+    ent_coef: float = 0.05  # weight of the entropy bonus
     learning_rate: float = 2.5e-3  # Adam's learning rate
     update_epochs: int = 6  # epochs over each rollout
     num_minibatches: int = 8  # minibatches in an epoch
@@ -268,7 +268,8 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """Learns from a batch. Returns metrics."""
-    advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
+    # Returns are scaled to deviation 1, so advantages much below 0.1 are mostly noise.
+    advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     old_log_probs = agent.policy(batch.obs).log_prob(batch.actions).detach()
     for _ in range(args.update_epochs):
         for rows in torch.randperm(len(batch.obs)).tensor_split(args.num_minibatches):
@@ -357,13 +358,11 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # in the whole process: small networks need no more
-    # FlattenObservation makes Discrete observations one-hot.
-    one_hot = isinstance(envs.unwrapped.single_observation_space, Discrete)
     agent = Agent(
         num_inputs=flatdim(envs.single_observation_space),
         num_actions=flatdim(envs.single_action_space),
         continuous=isinstance(envs.single_action_space, Box),
-        normalize=args.normalize_observations and not one_hot,
+        normalize=args.normalize_observations,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
     global_step = 0

@@ -35,7 +35,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment
     num_envs: int = 8  # environments stepped in parallel
-    normalize_observations: bool = False  # to mean 0 and deviation 1, unless Discrete
+    normalize_observations: bool = False  # to mean 0 and deviation 1
     normalize_rewards: bool = True  # scale so that returns have deviation 1
 
     total_timesteps: int = 200_000  # steps of all environments together
@@ -290,13 +290,11 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # in the whole process: small networks need no more
-    # FlattenObservation makes Discrete observations one-hot.
-    one_hot = isinstance(envs.unwrapped.single_observation_space, Discrete)
     agent = Agent(
         num_inputs=flatdim(envs.single_observation_space),
         num_actions=flatdim(envs.single_action_space),
         continuous=isinstance(envs.single_action_space, Box),
-        normalize=args.normalize_observations and not one_hot,
+        normalize=args.normalize_observations,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
     global_step = 0

@@ -29,7 +29,7 @@ MUTANTS = [
     (UPDATES, "batch.returns).sum() / args.num_envs", "batch.returns).mean()"),
     (UPDATES, "policy_loss = -(policy.log_prob", "policy_loss = (policy.log_prob"),
     (UPDATES, ".advantages.mean()) / (", ".advantages.mean() * 0) / ("),
-    (UPDATES, ".advantages.std() + 1e-8)", ".advantages.var() + 1e-8)"),
+    (UPDATES, ".advantages.std() + 0.1)", ".advantages.var() + 0.1)"),
     (UPDATES, "value_loss = 0.5 * ((agent", "value_loss = ((agent"),
     (UPDATES, "- args.ent_coef * entropy", "+ args.ent_coef * entropy"),
     (UPDATES, "- args.ent_coef * entropy", ""),
@@ -134,7 +134,7 @@ MUTANTS = [
     (RUNS, 'open(run_dir / "metrics.jsonl", "a")', 'open(run_dir / "metrics.jsonl", "w")'),
     (RUNS, '{time.time_ns()}"', '{args.seed}"'),
     (RUNS, '.replace(":", "-")', ""),
-    (RUNS, "normalize_observations and not one_hot", "normalize_observations"),
+    (RUNS, "normalize=args.normalize_observations", "normalize=True"),
     (RUNS, "normalize=args.normalize_observations and", "normalize="),
     (RUNS, "obs = rollout.next_obs[-1]\n", "pass\n"),
     (RUNS, "        done = ended[-1]\n", ""),
@@ -179,6 +179,7 @@ MUTANTS = [
     (GAE, "(0.0..=1.0).contains(&number)", "(0.0..=2.0).contains(&number)"),
     (ROLLOUTS, "(2**0.5, 2**0.5, 0.01)", "(2**0.5, 1.0, 0.01)"),
     (UPDATES, "kl_divergence(old_policy, agent.policy(batch.obs))", "kl_divergence(agent.policy(batch.obs), old_policy)"),
+    (UPDATES, ".advantages.std() + 0.1)", ".advantages.std() + 1e-8)"),
 ]
 # fmt: on
 

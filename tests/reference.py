@@ -57,7 +57,7 @@ def kl(old_parameters, parameters, batch):
 
 
 def standardize(x):
-    return (x - x.mean()) / np.std(x, ddof=1)
+    return (x - x.mean()) / (np.std(x, ddof=1) + 0.1)
 
 
 def discounted_returns(rewards, gamma):
