@@ -49,7 +49,7 @@ class Args:
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
     max_backtracks: int = 10  # halvings of the step before it is given up
-    vf_learning_rate: float = 1e-2  # learning rate of the value function
+    vf_learning_rate: float = 2e-2  # learning rate of the value function
     vf_epochs: int = 10  # gradient steps of the value function on each rollout
 
 
