@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, flatdim
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import ppo
@@ -68,36 +68,28 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), reward, False, self.time == 5, {}
 
 
-class Steady(gym.Env):
-    """Pays 1 a step in its only state, until a time limit."""
+class Endless(gym.Env):
+    """Pays 1 a step in its only state, for ever."""
 
-    observation_space, action_space, limit, steps = Box(0, 1, (1,)), Discrete(2), 20, 0
+    observation_space, action_space = Box(0, 1, (1,)), Discrete(2)
+    reward, left = 1.0, np.inf
+    steps = 0  # of all environments
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.time = 0
         return np.ones(1, np.float32), {}
 
     def step(self, action):
-        Steady.steps += 1
-        self.time += 1
-        return np.ones(1, np.float32), 1.0, False, self.time == self.limit, {}
+        Endless.steps += 1
+        self.left -= 1
+        return np.ones(1, np.float32), self.reward, False, self.left == 0, {}
 
 
-class Endless(Steady):
-    limit = np.inf
-
-
-class Once(Steady):
+class Once(Endless):
     """The first episode has 1 to 4 steps, by the seed. Each later step pays 1000."""
 
     def reset(self, *, seed=None, options=None):
-        self.limit, self.reward = (seed % 4 + 1, 1.0) if seed is not None else (20, 1000.0)
-        return super().reset(seed=seed)
-
-    def step(self, action):
-        obs, _, terminated, truncated, info = super().step(action)
-        return obs, self.reward, terminated, truncated, info
+        self.left, self.reward = (np.inf, 1000.0) if seed is None else (seed % 4 + 1, 1.0)
+        return super().reset()
 
 
 class Match(gym.Env):
@@ -122,20 +114,10 @@ class Match(gym.Env):
         return self.observation(), 1.0 if action == self.state else -1.0, True, False, {}
 
 
-def reusing(num_envs):
-    """Environments that write each observation over the one before."""
-    return SyncVectorEnv([Scripted] * num_envs, copy=False)
+def vector(num_envs, **options):
+    return SyncVectorEnv([Scripted] * num_envs, **options)
 
 
-def same_step(num_envs):
-    return SyncVectorEnv([Scripted] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-
-
-for kind in (Scripted, Steady, Endless, Once, Match):
-    gym.register(f"{kind.__name__}-v0", kind)
-gym.register("my/Scripted-v0", Scripted)
-gym.register("Reusing-v0", vector_entry_point=reusing)
-gym.register("SameStep-v0", vector_entry_point=same_step)
 OBSERVATIONS = {
     "Discrete": Discrete(3),
     "Image": Box(-1, 1, (2, 2, 3)),
@@ -150,10 +132,16 @@ REFUSED = {
     "Integers": Box(0, 5, (2,), np.int64),
     "Several": MultiDiscrete([2, 3]),
 }
-for name, space in OBSERVATIONS.items():
-    gym.register(f"{name}-v0", Spaces, kwargs={"observation": space})
-for name, space in (ACTIONS | REFUSED).items():
-    gym.register(f"{name}-v0", Spaces, kwargs={"action": space})
+for kind in (Scripted, Endless, Once, Match):
+    gym.register(f"{kind.__name__}-v0", kind)
+gym.register("Steady-v0", Endless, max_episode_steps=20)
+gym.register("Reusing-v0", vector_entry_point=vector, kwargs={"copy": False})
+same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
+gym.register("SameStep-v0", vector_entry_point=vector, kwargs=same_step)
+gym.register("my/Echo-v0", Spaces, kwargs={"action": ACTIONS["Echo"]})
+for kind, spaces in (("observation", OBSERVATIONS), ("action", ACTIONS | REFUSED)):
+    for name, space in spaces.items():
+        gym.register(f"{name}-v0", Spaces, kwargs={kind: space})
 
 
 def arguments(script, env_id, **wanted):
@@ -167,29 +155,26 @@ def start(script, env_id, **wanted):
     args = arguments(script, env_id, **wanted)
     torch.manual_seed(args.seed)
     envs = script.make_envs(args, args.num_envs)
-    agent = script.Agent(
-        gym.spaces.flatdim(envs.single_observation_space),
-        gym.spaces.flatdim(envs.single_action_space),
-        isinstance(envs.single_action_space, Box),
-        args.normalize_observations,
-    )
-    run = SimpleNamespace(args=args, envs=envs, agent=agent)
-    run.optimizers = script.make_optimizers(agent, args)
-    run.obs, _ = envs.reset(seed=args.seed)
-    run.done, run.returns = np.zeros(args.num_envs, bool), np.zeros(args.num_envs)
+    space = envs.single_action_space
+    sizes = flatdim(envs.single_observation_space), flatdim(space)
+    agent = script.Agent(*sizes, isinstance(space, Box), args.normalize_observations)
+    optimizers = script.make_optimizers(agent, args)
+    obs, _ = envs.reset(seed=args.seed)
+    state = [obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs)]
 
     def collect():
         if script is reinforce:
             return script.collect_rollout(agent, envs, args)
-        state = run.obs, run.done, run.returns
         rollout = script.collect_rollout(agent, envs, *state, args.num_steps)
-        run.obs, run.returns = rollout.next_obs[-1], rollout.episode_returns[-1]
-        run.done = rollout.terminations[-1] | rollout.truncations[-1]
+        ended = rollout.terminations | rollout.truncations
+        state[:] = rollout.next_obs[-1], ended[-1], rollout.episode_returns[-1]
         return rollout
 
     estimate = script.compute_returns if script is reinforce else script.estimate_advantages
-    run.collect, run.estimate = collect, lambda rollout: estimate(agent, rollout, args)
-    run.update = lambda batch: script.update(agent, run.optimizers, batch, args)
+    run = SimpleNamespace(args=args, envs=envs, agent=agent, optimizers=optimizers)
+    run.collect = collect
+    run.estimate = lambda rollout: estimate(agent, rollout, args)
+    run.update = lambda batch: script.update(agent, optimizers, batch, args)
     return run
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 UPDATES, ROLLOUTS, RUNS = "test_updates.py", "test_rollouts.py", "test_runs.py"
-TRAINING, WANDB, PROCESSES = "test_training.py", "test_wandb.py", "test_processes.py"
+WANDB, PROCESSES = "test_wandb.py", "test_processes.py"
 GAE = "test_gae.py"
-SCRIPTS = [UPDATES, ROLLOUTS, RUNS, TRAINING, WANDB, PROCESSES]
+SCRIPTS = [UPDATES, ROLLOUTS, RUNS, WANDB, PROCESSES]
 # The file that should notice, the text, the fault.
 # fmt: off
 MUTANTS = [
@@ -85,9 +85,9 @@ MUTANTS = [
     (ROLLOUTS, ".var(0, correction=0)", ".var(0)"),
     (ROLLOUTS, "rows = rows.to(self.mean)\n        self", "rows = rows.float()\n        self"),
     (ROLLOUTS, "return gym.wrappers.vector.ClipAction(envs)", "return envs"),
-    (TRAINING, 'and space.dtype.kind == "f"', ""),
-    (TRAINING, "and len(space.shape) == 1", ""),
-    (TRAINING, "and space.start == 0", ""),
+    (RUNS, 'and space.dtype.kind == "f"', ""),
+    (RUNS, "and len(space.shape) == 1", ""),
+    (RUNS, "and space.start == 0", ""),
     (ROLLOUTS, "obs_space.shape != (flatdim(obs_space),)", "obs_space.shape == ()"),
     # Rollouts and what they are worth
     (ROLLOUTS, "step = (~done, obs", "step = (~done | True, obs"),
@@ -143,19 +143,19 @@ MUTANTS = [
     (ROLLOUTS, "np.where(done, 0.0, episode_return + rewards)", "episode_return + rewards"),
     (RUNS, "rollout.rewards.sum(0).mean()", "rollout.rewards.mean()"),
     # Arguments and records
-    (TRAINING, "args = Args(**json.loads(args_json))", "pass"),
-    (TRAINING, 'name != "seed" and value < 1', 'name != "seed" and value < 0'),
-    (TRAINING, 'and name != "seed"', ""),
-    (TRAINING, "not 0 <= ", "not -1 <= "),
-    (TRAINING, "<= value <= 1:", "<= value <= 2:"),
-    (TRAINING, "is float and not value >= 0", "is float and value < -1"),
+    (RUNS, "args = Args(**json.loads(args_json))", "pass"),
+    (RUNS, 'name != "seed" and value < 1', 'name != "seed" and value < 0'),
+    (RUNS, 'and name != "seed"', ""),
+    (RUNS, "not 0 <= ", "not -1 <= "),
+    (RUNS, "<= value <= 1:", "<= value <= 2:"),
+    (RUNS, "is float and not value >= 0", "is float and value < -1"),
     (RUNS, "except Exception as error:", "except OSError as error:"),
     (RUNS, 'checkpoint["agent_config"] != agent.config', "False"),
     (RUNS, ", strict=True", ""),
-    (TRAINING, 'envs.metadata.get("autoreset_mode") != gym', "False and gym"),
-    (TRAINING, "gym.error.Error, ImportError, OSError)", "gym.error.Error)"),
-    (TRAINING, "if not np.isfinite(list(metrics.values())).all():", "if False:"),
-    (TRAINING, "torch.manual_seed(args.seed)\n", "pass\n"),
+    (RUNS, 'envs.metadata.get("autoreset_mode") != gym', "False and gym"),
+    (RUNS, "gym.error.Error, ImportError, OSError)", "gym.error.Error)"),
+    (RUNS, "if not np.isfinite(list(metrics.values())).all():", "if False:"),
+    (RUNS, "torch.manual_seed(args.seed)\n", "pass\n"),
     (WANDB, 'reinit="create_new"', 'reinit=None'),
     (WANDB, 'step=metrics["global_step"]', "step=None"),
     (WANDB, "config=vars(args)", "config=None"),

@@ -1,151 +1,123 @@
 """Episode boundaries: what a rollout holds, what is left out, and what it is worth."""
 
+import itertools
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import reference
 import torch
-from environments import ACTIONS, CRITICS, LADDER, OBSERVATIONS, Scripted, Steady, start
+from environments import ACTIONS, LADDER, OBSERVATIONS, Endless, Scripted, start
 
 import ppo
 import reinforce
 
 SCRIPTED = {"num_envs": 3, "num_steps": 7, "seed": 5, "gamma": 0.9}
-critics = pytest.mark.parametrize("script", CRITICS)
-both = pytest.mark.parametrize("env_id", ["Scripted-v0", "Reusing-v0"])
 
 
-def replay(rollouts):
-    """Steps every environment by itself, with the actions that the rollouts recorded.
+@pytest.mark.parametrize("script", [reinforce, ppo])
+@pytest.mark.parametrize("env_id", ["Scripted-v0", "Reusing-v0"])
+def test_rollouts_are_the_episodes_of_each_environment(script, env_id):
+    """Only reset steps are not valid. In reinforce.py nothing is, after the first episode.
 
-    Yields (rollout's index, (rows, environment), steps) for what one rollout holds of each
-    episode. A step is (observation, reward, successor, terminated, truncated). Environments of a
-    vector have seeds one apart.
+    Observations that the environments write again were copied.
     """
-    for number in range(3):
-        env, steps, resets = Scripted(), [], False
-        obs, _ = env.reset(seed=5 + number)
-        for index, rollout in enumerate(rollouts):
-            for t, actions in enumerate(rollout.actions):
-                if resets:
-                    obs, _ = env.reset()
-                    resets = False
-                    continue
-                successor, reward, *ends, _ = env.step(actions[number])
-                steps.append((obs, reward, successor, *ends))
-                obs, resets = successor, any(ends)
-                if resets or t == 6:
-                    rows = slice(t + 1 - len(steps), t + 1)
-                    yield index, (rows, number), steps
-                    steps = []
-
-
-@both
-def test_rollouts_are_the_episodes_of_each_environment(env_id):
-    """Reset steps are not valid. Observations that the environments write again were copied."""
-    run = start(ppo, env_id, **SCRIPTED)
+    run = start(script, env_id, **SCRIPTED)
     rollouts = [run.collect() for _ in range(12)]
-    valid, kinds = np.zeros((12, 7, 3), bool), set()
-    for index, rows, steps in replay(rollouts):
-        rollout, (obs, rewards, successors, *ends) = rollouts[index], zip(*steps)
-        valid[index][rows] = True
-        np.testing.assert_array_equal(rollout.obs[rows], obs)
-        np.testing.assert_array_equal(rollout.next_obs[rows], successors)
-        np.testing.assert_array_equal(rollout.rewards[rows], rewards)
-        np.testing.assert_array_equal([rollout.terminations[rows], rollout.truncations[rows]], ends)
-        kinds.add((ends[0][-1], ends[1][-1]))
-    np.testing.assert_array_equal([rollout.valid for rollout in rollouts], valid)
-    names = ("rewards", "terminations", "truncations", "episode_returns")
-    rewards, *ends, returns = (
-        np.concatenate([getattr(x, name) for x in rollouts]) for name in names
-    )
-    for env in range(3):
-        last = np.flatnonzero(ends[0][:, env] | ends[1][:, env])
-        episodes = np.split(rewards[:, env], last + 1)[:-1]
-        np.testing.assert_allclose(returns[last, env], [episode.sum() for episode in episodes])
+    if script is ppo:
+        times = [rollout.obs[0, rollout.valid[0], 2] for rollout in rollouts[1:]]
+        assert any(len(time) < 3 for time in times), "no reset at a rollout's start"
+        assert any(time.any() for time in times), "no episode in two rollouts"
+        rollouts = [ppo.Rollout(*map(np.concatenate, zip(*rollouts)))]
+        np.testing.assert_array_equal(rollouts[0].obs[0], [[5, 0, 0], [6, 0, 0], [7, 0, 0]])
+    lengths, kinds = set(), set()
+    for rollout, number in itertools.product(rollouts, range(3)):
+        env = Scripted()
+        env.seed, env.episode = rollout.obs[0, number, :2].astype(int) - [0, 1]
+        obs, _ = env.reset()
+        ended, episode_return = False, 0.0
+        for t, action in enumerate(rollout.actions[:, number]):
+            assert rollout.valid[t, number] != ended
+            if not ended:
+                next_obs, reward, *ends, _ = env.step(action)
+                episode_return += reward
+                step = (True, obs, action, next_obs, reward, *ends, episode_return)
+                if script is reinforce:
+                    step = (True, obs, action, reward)
+                for column, expected in zip(rollout, step, strict=True):
+                    np.testing.assert_array_equal(column[t, number], expected)
+                obs, ended = next_obs, any(ends)
+                kinds.add(tuple(ends))
+                if ended:
+                    lengths.add(env.time)
+            elif script is ppo:
+                obs, _ = env.reset()
+                ended, episode_return = False, 0.0
+            else:
+                assert rollout.rewards[t, number] == 0
+        assert ended or script is ppo
     assert kinds == {(True, False), (False, True), (True, True), (False, False)}
-    assert not valid[1:, 0].all(), "no reset at a rollout's start"
+    assert all(rollout.valid[-1].any() for rollout in rollouts), "steps after all have ended"
+    assert len(lengths) > 2
 
 
-@both
-def test_reinforce_collects_one_whole_episode_of_each_environment(env_id):
-    """Environments that have ended go on until all have, but that does not count."""
-    run, lengths = start(reinforce, env_id, **SCRIPTED), []
-    for _ in range(6):
-        rollout = run.collect()
-        for env in range(3):
-            alone, length = Scripted(), rollout.valid[:, env].sum()
-            alone.seed, alone.episode = rollout.obs[0, env, :2].astype(int) - [0, 1]
-            obs, _ = alone.reset()
-            for t in range(length):
-                np.testing.assert_array_equal(rollout.obs[t, env], obs)
-                obs, reward, *ends, _ = alone.step(rollout.actions[t, env])
-                assert rollout.rewards[t, env] == reward
-                assert any(ends) == (t == length - 1)
-            assert rollout.valid[:length, env].all()
-            assert not rollout.rewards[length:, env].any()
-            lengths.append(length)
-        assert len(rollout.obs) == max(lengths[-3:])
-    assert len(set(lengths)) > 2
+def episodes(rollout):
+    """The steps that a rollout has of each episode. One that is not valid lies between two."""
+    for env in range(3):
+        steps = np.flatnonzero(rollout.valid[:, env])
+        for part in np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1):
+            yield part, env
 
 
-@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+def estimates(agent, rollout, steps, scale, gae_lambda=None, reward_to_go=None):
+    """The columns of Batch after obs and actions, for the steps of one episode."""
+    rewards = rollout.rewards[steps] / scale
+    if gae_lambda is None:
+        returns = reference.discounted_returns(rewards, 0.9)
+        return [returns if reward_to_go else returns[0]]
+    obs = [*rollout.obs[steps], rollout.next_obs[steps][-1]]
+    with torch.no_grad():
+        values = agent.value(np.array(obs)).double().numpy()
+    terminated = rollout.terminations[steps][-1]
+    advantages = reference.gae(rewards, values, terminated, 0.9, gae_lambda)
+    return advantages, advantages + values[:-1]
+
+
 @pytest.mark.parametrize("normalize_rewards", [False, True])
-def test_estimates_are_those_of_one_episode_at_a_time(gae_lambda, normalize_rewards):
+@pytest.mark.parametrize(
+    "script, option, value, tolerance",
+    [
+        *[(ppo, "gae_lambda", value, {"rtol": 1e-4, "atol": 1e-4}) for value in (0.0, 0.7, 1.0)],
+        *[(reinforce, "reward_to_go", value, {"rtol": 1e-5}) for value in (True, False)],
+    ],
+)
+def test_estimates_are_those_of_one_episode_at_a_time(
+    script, option, value, tolerance, normalize_rewards
+):
     """A time limit is not death, nor does the scale of rewards see past it."""
-    run = start(
-        ppo, "Scripted-v0", **SCRIPTED, gae_lambda=gae_lambda, normalize_rewards=normalize_rewards
-    )
-    rollouts, batches = [], []
+    options = {option: value, "normalize_rewards": normalize_rewards}
+    run, seen = start(script, "Scripted-v0", **SCRIPTED, **options), np.zeros(0)
     for _ in range(8):
-        rollouts.append(run.collect())
-        batches.append(run.estimate(rollouts[-1]))
-    pieces, seen = [*replay(rollouts)], np.zeros(0)
-    for index, (rollout, batch) in enumerate(zip(rollouts, batches)):
-        own = [(rows, [*zip(*steps)]) for i, rows, steps in pieces if i == index]
-        for _, (_, rewards, *_) in own:
-            seen = np.append(seen, reference.discounted_returns(rewards, 0.9))
-        scale = np.std(seen) if normalize_rewards else 1
-        values, advantages = np.full((2, 7, 3), np.nan)
-        for rows, (obs, rewards, successors, terminations, _) in own:
-            with torch.no_grad():
-                known = run.agent.value(np.array([*obs, successors[-1]])).double().numpy()
-            scaled = np.array(rewards) / scale
-            advantages[rows] = reference.gae(scaled, known, terminations[-1], 0.9, gae_lambda)
-            values[rows] = known[:-1]
-        expected = [advantages, values + advantages]
-        np.testing.assert_array_equal(batch.obs, rollout.obs[rollout.valid])
-        np.testing.assert_array_equal(batch.actions, rollout.actions[rollout.valid])
-        for actual, wanted in zip(batch[2:], expected, strict=True):
-            assert actual.dtype == torch.float32
-            np.testing.assert_allclose(actual, wanted[rollout.valid], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("reward_to_go", [True, False])
-@pytest.mark.parametrize("normalize_rewards", [False, True])
-def test_returns_of_reinforce_are_those_of_one_episode_at_a_time(reward_to_go, normalize_rewards):
-    options = {"reward_to_go": reward_to_go, "normalize_rewards": normalize_rewards}
-    run, seen = start(reinforce, "Scripted-v0", **SCRIPTED, **options), np.zeros(0)
-    for _ in range(4):
         rollout = run.collect()
         batch, valid = run.estimate(rollout), rollout.valid
-        expected = np.zeros(valid.shape)
-        for env in range(3):
-            returns = reference.discounted_returns(rollout.rewards[valid[:, env], env], 0.9)
-            seen = np.append(seen, returns)
-            expected[valid[:, env], env] = returns if reward_to_go else returns[0]
+        for steps in episodes(rollout):
+            seen = np.append(seen, reference.discounted_returns(rollout.rewards[steps], 0.9))
         scale = np.std(seen) if normalize_rewards else 1
-        np.testing.assert_allclose(batch.returns, expected[valid] / scale, rtol=1e-5)
+        expected = np.full((len(batch) - 2, *valid.shape), np.nan)
+        for steps in episodes(rollout):
+            expected[:, *steps] = estimates(run.agent, rollout, steps, scale, **{option: value})
         np.testing.assert_array_equal(batch.obs, rollout.obs[valid])
         np.testing.assert_array_equal(batch.actions, rollout.actions[valid])
-        assert batch.returns.dtype == torch.float32
+        for actual, wanted in zip(batch[2:], expected, strict=True):
+            assert actual.dtype == torch.float32
+            np.testing.assert_allclose(actual, wanted[valid], **tolerance)
 
 
 def test_episodes_that_outlast_the_training_end_reinforce():
-    run, before = start(reinforce, "Endless-v0", num_envs=2, total_timesteps=50), Steady.steps
+    run, before = start(reinforce, "Endless-v0", num_envs=2, total_timesteps=50), Endless.steps
     with pytest.raises(reinforce.ArgumentError, match="Endless-v0: a batch outlasts"):
         run.collect()
-    assert Steady.steps - before == 50
+    assert Endless.steps - before == 50
 
 
 def test_running_statistics_are_those_of_all_rows():

@@ -1,26 +1,37 @@
-"""What a run leaves: its record, its checkpoint, its score, and nothing else."""
+"""train as a user calls it: what a run leaves, repeats, learns and resumes, what is refused."""
 
 import copy
+import itertools
 import json
+import math
+import multiprocessing
 import os
+import re
+import runpy
+import shutil
 import signal
+import subprocess
+import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from environments import LEARNERS, Steady, arguments, metrics, only_run, start
+import torch._dynamo  # or an optimizer would import it, for seconds, in each fork
+from environments import CRITICS, LADDER, REFUSED, Endless, arguments, metrics, only_run, start
 from tqdm import tqdm
 
+import gae_kernel
 import ppo
+import reinforce
 import trpo
 import vpg
 
 SMALL = {"num_envs": 2, "num_steps": 64, "total_timesteps": 512, "eval_episodes": 2}
-SMALL |= {"normalize_observations": True, "save_interval": 2}
-each = pytest.mark.parametrize("script", LEARNERS)
+SMALL["save_interval"] = 2
+each = pytest.mark.parametrize("script", [reinforce, vpg])  # the others' learn has vpg's text
 
 
 @pytest.fixture(autouse=True)
@@ -28,45 +39,78 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def spy(monkeypatch, script, name, before):
-    """Calls before(*args) before each call of a script's function."""
-    function = getattr(script, name)
-
-    def spied(*args, **kwargs):
-        before(*args)
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(script, name, spied)
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
+def load(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def train(script, env_id="CartPole-v1", **wanted):
+    """A small run, which leaves one folder more than there were."""
+    before = {*Path("runs").glob("*")}
+    score = script.train(arguments(script, env_id, **SMALL | wanted))
+    (folder,) = {*Path("runs").iterdir()} - before
+    run = SimpleNamespace(score=score, folder=folder)
+    run.rows, run.checkpoint = metrics(folder), load(folder)
+    return run
+
+
+def resume(folder, script=ppo, **wanted):
+    """A run that goes on from another, and leaves that folder as it was."""
+    files = contents(folder)
+    run = train(script, resume=str(folder / "checkpoint.pt"), **wanted)
+    assert contents(folder) == files
+    return run
+
+
 def assert_same(actual, expected):
-    """Equal nested dicts of tensors, bit for bit."""
+    """Equal tensors and numbers in lists and dicts, bit for bit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def assert_same_run(one, other):
+    assert one.rows == other.rows
+    assert_same(one.checkpoint, other.checkpoint)
+
+
+def watch(monkeypatch, *functions):
+    """A list that grows by each call of functions (owner, name), with copies of its arguments."""
+    calls = []
+
+    def watched(name, function):
+        def call(*args, **kwargs):
+            seen = SimpleNamespace(name=name, before=copy.deepcopy(args))
+            seen.noise = torch.get_rng_state()
+            seen.result = function(*args, **kwargs)
+            seen.after = copy.deepcopy(args)
+            calls.append(seen)
+            return seen.result
+
+        return call
+
+    for owner, name in functions:
+        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
+    return calls
+
+
 @each
-def test_a_run_folder_holds_its_record(script):
-    args = arguments(script, "my/Scripted-v0", **SMALL, exp_name="a:b")
+def test_a_run_folder_holds_its_record_and_one_seed_decides_everything(script):
+    """The same command again computes the same, and overwrites nothing."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCH")}
-    score = script.train(args)
-    run_dir = only_run()
-    assert run_dir.name.startswith("my-Scripted-v0__a-b__1__")
-    assert sorted(contents(run_dir)) == ["args.json", "checkpoint.pt", "metrics.jsonl"]
-    assert json.loads((run_dir / "args.json").read_text()) == vars(args)
-    *rows, last = metrics(run_dir)
-    assert last == {"global_step": rows[-1]["global_step"], "eval/episodic_return": score}
+    wanted = {"exp_name": "a:b", "normalize_observations": True}
+    run = train(script, "my/Echo-v0", **wanted)
+    assert run.folder.name.startswith("my-Echo-v0__a-b__1__")
+    assert sorted(contents(run.folder)) == ["args.json", "checkpoint.pt", "metrics.jsonl"]
+    args = arguments(script, "my/Echo-v0", **SMALL | wanted)
+    assert json.loads((run.folder / "args.json").read_text()) == vars(args)
+    *rows, last = run.rows
+    assert last == {"global_step": rows[-1]["global_step"], "eval/episodic_return": run.score}
     assert {"charts/episodic_return", "losses/entropy"} <= rows[0].keys()
     assert rows[-1]["global_step"] >= 512 > rows[-2]["global_step"]
-    script.train(args)
-    assert len([*Path("runs").iterdir()]) == 2, "the same command again overwrites nothing"
+    assert_same_run(train(script, "my/Echo-v0", **wanted), run)
+    assert train(script, "my/Echo-v0", **wanted, seed=2).rows != run.rows
     assert [path.name for path in Path().iterdir()] == ["runs"]
     assert environment.items() <= dict(os.environ).items()
 
@@ -75,145 +119,112 @@ def test_a_run_folder_holds_its_record(script):
 @pytest.mark.parametrize("anneal_lr", [True, False])
 def test_steps_returns_learning_rates_and_checkpoints(script, anneal_lr, monkeypatch):
     """Steady pays 1 a step, 20 steps an episode. The step after them only resets."""
-    rates, saved = [], []
-
-    def before_update(_, optimizers, *__):
-        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
-
-    spy(monkeypatch, script, "update", before_update)
-    spy(monkeypatch, script, "save", lambda *args: saved.append(args[3]))
-    wanted = {"num_envs": 2, "num_steps": 21, "total_timesteps": 200, "eval_episodes": 3}
-    wanted["save_interval"] = 2
-    assert script.train(arguments(script, "Steady-v0", **wanted, anneal_lr=anneal_lr)) == 20
+    updates = watch(monkeypatch, (script, "update"))
+    saves = watch(monkeypatch, (script, "save"))
+    wanted = {"num_steps": 21, "total_timesteps": 200, "eval_episodes": 3}
+    run = train(script, "Steady-v0", **wanted, anneal_lr=anneal_lr)
+    assert run.score == 20
     first = [optimizer.defaults["lr"] for optimizer in start(script, "Steady-v0").optimizers]
     expected = np.outer([1, 0.8, 0.6, 0.4, 0.2] if anneal_lr else np.ones(5), first)
+    optimizers = [call.before[1] for call in updates]
+    rates = [[optimizer.param_groups[0]["lr"] for optimizer in group] for group in optimizers]
     np.testing.assert_allclose(rates, expected)
-    *rows, _ = metrics(only_run())
-    assert [row["global_step"] for row in rows] == [40, 80, 120, 160, 200]
-    assert saved == [80, 160, 200]
-    assert [row["charts/episodic_return"] for row in rows] == [20] * 5
+    assert [row["global_step"] for row in run.rows[:-1]] == [40, 80, 120, 160, 200]
+    assert [call.before[3] for call in saves] == [80, 160, 200]
+    assert [row["charts/episodic_return"] for row in run.rows[:-1]] == [20] * 5
 
 
 def test_each_rollout_goes_on_where_the_one_before_it_ended(monkeypatch):
-    states, rollouts, collect = [], [], ppo.collect_rollout
-
-    def watched(agent, envs, *state):
-        states.append(state[:3])
-        rollouts.append(collect(agent, envs, *state))
-        return rollouts[-1]
-
-    monkeypatch.setattr(ppo, "collect_rollout", watched)
-    ppo.train(arguments(ppo, "Scripted-v0", **SMALL))
-    for before, (obs, done, episode_return) in zip(rollouts, states[1:]):
-        np.testing.assert_array_equal(obs, before.next_obs[-1])
-        np.testing.assert_array_equal(done, before.terminations[-1] | before.truncations[-1])
-        np.testing.assert_array_equal(episode_return, before.episode_returns[-1])
-    assert any(done.any() for _, done, _ in states) and len(states) > 3
+    calls = watch(monkeypatch, (ppo, "collect_rollout"))
+    train(ppo, "Scripted-v0")
+    for call, following in itertools.pairwise(calls):
+        rollout, (_, _, obs, done, episode_return, _) = call.result, following.before
+        np.testing.assert_array_equal(obs, rollout.next_obs[-1])
+        np.testing.assert_array_equal(done, rollout.terminations[-1] | rollout.truncations[-1])
+        np.testing.assert_array_equal(episode_return, rollout.episode_returns[-1])
+    assert any(call.before[3].any() for call in calls)
+    assert len(calls) > 3
 
 
 @each
 def test_statistics_change_between_updates_only(script, monkeypatch):
     """What acts, learns and is evaluated sees the statistics of all training data before."""
-    seen, phases, act, update = [], [], script.Agent.act, script.update
-
-    def check(phase, agent):
-        phases.append(phase)
-        if seen:
-            rows = np.concatenate(seen)
-            np.testing.assert_allclose(agent.obs_stats.mean, rows.mean(0), rtol=1e-6)
-            np.testing.assert_allclose(agent.obs_stats.var, rows.var(0), rtol=1e-6)
-        assert agent.obs_stats.count == sum(map(len, seen))
-
-    def checked_act(agent, obs, greedy=False):
-        check("evaluate" if greedy else "act", agent)
-        return act(agent, obs, greedy)
-
-    def checked_update(agent, optimizers, batch, args):
-        losses = update(agent, optimizers, batch, args)
-        check("update", agent)
-        seen.append(batch.obs.double().numpy())
-        return losses
-
-    monkeypatch.setattr(script.Agent, "act", checked_act)
-    monkeypatch.setattr(script, "update", checked_update)
-    script.train(arguments(script, "CartPole-v1", **SMALL))
-    assert phases.count("update") > 2 and set(phases) == {"act", "update", "evaluate"}
-    assert load(only_run() / "checkpoint.pt")["agent"]["obs_stats.count"] == sum(map(len, seen))
+    functions = (script.Agent, "act"), (script, "update"), (script, "evaluate")
+    calls = watch(monkeypatch, *functions)
+    run = train(script, normalize_observations=True)
+    seen = np.zeros((0, 4))
+    for call in calls:
+        for agent in (call.before[0], call.after[0]):
+            assert agent.obs_stats.count == len(seen)
+            if len(seen):
+                np.testing.assert_allclose(agent.obs_stats.mean, seen.mean(0), rtol=1e-6)
+                np.testing.assert_allclose(agent.obs_stats.var, seen.var(0), rtol=1e-6)
+        if call.name == "update":
+            seen = np.concatenate([seen, call.before[2].obs.double().numpy()])
+    names = [call.name for call in calls]
+    assert names.count("update") > 2
+    assert {*names} == {"act", "update", "evaluate"}
+    assert run.checkpoint["agent"]["obs_stats.count"] == len(seen)
 
 
 @each
 def test_resuming_goes_on_from_what_was_saved(script, monkeypatch):
     """Parameters, statistics, the optimizers' state, the step: as the next update sees them."""
-    batches, agents, states, noise = [], [], [], []
-
-    def before_update(agent, optimizers, batch, args):
-        batches.append(batch.obs)
-        states.append(copy.deepcopy([optimizer.state_dict() for optimizer in optimizers]))
-
-    def before_rollout(agent, *_):
-        agents.append(copy.deepcopy(agent.state_dict()))
-        noise.append(torch.get_rng_state())
-
-    spy(monkeypatch, script, "update", before_update)
-    spy(monkeypatch, script, "collect_rollout", before_rollout)
-    args = arguments(script, "CartPole-v1", **SMALL)
-    script.train(args)
-    old, count = only_run(), len(batches)
-    saved, files = load(old / "checkpoint.pt"), contents(old)
-    script.train(replace(args, resume=str(old / "checkpoint.pt"), total_timesteps=1024))
-    (new,) = {*Path("runs").iterdir()} - {old}
-    step, rows = saved["global_step"], metrics(new)
-
-    assert_same(agents[count], saved["agent"])
-    optimizers = start(script, "CartPole-v1").optimizers
-    for state, expected, fresh in zip(states[count], saved["optimizers"], optimizers, strict=True):
-        assert_same(state["state"], expected["state"])
-        assert len(state["state"]) == len(state["param_groups"][0]["params"])
-        assert state["param_groups"][0]["lr"] == (1 - step / 1024) * fresh.defaults["lr"]
-    assert rows[0]["global_step"] == step + len(batches[count])
-    assert rows[-1]["global_step"] == load(new / "checkpoint.pt")["global_step"] >= 1024
-    assert not torch.equal(batches[count][:2], batches[0][:2]), "the same episodes again"
-    assert not torch.equal(noise[count], noise[0]), "the same actions again"
-    assert contents(old) == files
+    rollouts = watch(monkeypatch, (script, "collect_rollout"))
+    updates = watch(monkeypatch, (script, "update"))
+    old = train(script, normalize_observations=True)
+    count, saved, step = len(updates), old.checkpoint, old.checkpoint["global_step"]
+    new = resume(old.folder, script, normalize_observations=True, total_timesteps=1024)
+    assert_same(rollouts[count].before[0].state_dict(), saved["agent"])
+    _, optimizers, batch, _ = updates[count].before
+    fresh = start(script, "CartPole-v1").optimizers
+    for optimizer, expected, other in zip(optimizers, saved["optimizers"], fresh, strict=True):
+        state, (group,) = optimizer.state_dict()["state"], optimizer.param_groups
+        assert_same(state, expected["state"])
+        assert len(state) == len(group["params"])
+        assert group["lr"] == (1 - step / 1024) * other.defaults["lr"]
+    assert new.rows[0]["global_step"] == step + len(batch.obs)
+    assert new.rows[-1]["global_step"] == new.checkpoint["global_step"] >= 1024
+    first = updates[0].before[2]
+    assert not torch.equal(batch.obs[:2], first.obs[:2]), "the same episodes again"
+    assert not torch.equal(rollouts[count].noise, rollouts[0].noise), "the same actions again"
 
 
 def test_only_checkpoints_of_the_same_networks_are_resumed():
     """trpo.py has one optimizer, vpg.py two: Adam's moments of other weights would be misread."""
-    trpo.train(arguments(trpo, "CartPole-v1", **SMALL))
+    path = train(trpo).folder / "checkpoint.pt"
     Path("text.pt").write_text("no checkpoint")
     torch.save({"other": 1}, "other.pt")
-    path = only_run() / "checkpoint.pt"
-    wrong = [(trpo, "Echo-v0", path, {}), (vpg, "CartPole-v1", path, {})]
-    wrong += [(trpo, "CartPole-v1", name, {}) for name in ("text.pt", "other.pt", "nowhere.pt")]
-    wrong += [(trpo, "CartPole-v1", path, {"normalize_observations": False})]
-    for script, env_id, resume, changes in wrong:
-        args = arguments(script, env_id, **SMALL | changes, resume=str(resume))
+    wrong = [(vpg, path, {}), (trpo, path, {"env_id": "Echo-v0"})]
+    wrong += [(trpo, path, {"normalize_observations": False})]
+    wrong += [(trpo, name, {}) for name in ("text.pt", "other.pt", "nowhere.pt")]
+    for script, resume, changes in wrong:
         with pytest.raises(script.ArgumentError, match=f"resume = {resume}: not a checkpoint"):
-            script.train(args)
+            train(script, resume=str(resume), **changes)
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Echo-v0"])
-def test_a_trained_policy_acts_elsewhere(env_id, monkeypatch):
+@pytest.mark.parametrize(
+    "env_id, wanted, normalized",
+    [
+        ("CartPole-v1", True, True),
+        ("CartPole-v1", False, False),
+        ("Echo-v0", True, True),
+        ("Discrete-v0", True, False),  # its observations are one-hot
+    ],
+)
+def test_a_trained_policy_acts_elsewhere(env_id, wanted, normalized, monkeypatch):
     """Three lines, without environments, on observations of one environment or of many."""
-    trained = []
-    spy(monkeypatch, ppo, "evaluate", lambda agent, _: trained.append(agent))
-    ppo.train(arguments(ppo, env_id, **SMALL))
-    checkpoint = torch.load(only_run() / "checkpoint.pt", weights_only=True)
+    evaluations = watch(monkeypatch, (ppo, "evaluate"))
+    checkpoint = train(ppo, env_id, normalize_observations=wanted).checkpoint
     agent = ppo.Agent(*checkpoint["agent_config"])
     agent.load_state_dict(checkpoint["agent"])
     obs = np.random.default_rng(0).standard_normal((50, checkpoint["agent_config"][0]))
     many = agent.act(obs, greedy=True)
-    np.testing.assert_array_equal(many, trained[0].act(obs, greedy=True))
+    trained = evaluations[0].before[0]
+    np.testing.assert_array_equal(many, trained.act(obs, greedy=True))
     np.testing.assert_allclose(agent.act(obs[7], greedy=True), many[7], rtol=1e-5, atol=1e-7)
     assert agent.act(obs[0]).shape == many[0].shape
-
-
-def test_observations_are_normalized_if_asked_for(monkeypatch):
-    agents = []
-    spy(monkeypatch, ppo, "evaluate", lambda agent, _: agents.append(agent))
-    for wanted in (True, False):
-        ppo.train(arguments(ppo, "Discrete-v0", **SMALL | {"normalize_observations": wanted}))
-    assert [agent.normalize for agent in agents] == [True, False]
+    assert agent.normalize == trained.normalize == normalized
 
 
 def evaluate(env_id, prepare=id, **wanted):
@@ -233,9 +244,9 @@ def test_evaluation_ends_each_episode_once(total_timesteps, capsys):
 
 
 def test_evaluation_takes_no_more_steps_than_training_and_says_so(capsys):
-    before = Steady.steps
+    before = Endless.steps
     assert evaluate("Endless-v0", eval_episodes=3, total_timesteps=50) == 17
-    assert Steady.steps - before == 51
+    assert Endless.steps - before == 51
     told = "Evaluation stopped after 51 steps: 3 episodes had not ended\n"
     assert capsys.readouterr().out == told
 
@@ -256,38 +267,23 @@ def test_evaluation_repeats_itself_and_depends_on_the_seed():
     assert scores[0] == scores[1] != scores[2]
 
 
-def killed(work):
-    """Does work in a fork of this warm process, which dies by SIGKILL."""
-    import torch._dynamo  # noqa: F401, or an optimizer would import it, for seconds, in each fork
-
-    if (child := os.fork()) == 0:
-        os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT), 1)
-        os.dup2(1, 2)
-        tqdm.set_lock(threading.RLock())  # else it would die with the lock that its parent needs
-        try:
-            work()
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     "owner, name, nth, when",
     [
-        (ppo, "update", 3, "before"),
-        (torch, "save", 1, "half"),
-        (Path, "replace", 1, "before"),
-        (Path, "replace", 1, "after"),
+        (ppo, "update", 4, "before"),
+        (torch, "save", 2, "half"),
+        (Path, "replace", 2, "before"),
+        (Path, "replace", 2, "after"),
     ],
 )
 def test_a_run_killed_at_the_worst_instant_resumes(owner, name, nth, when, monkeypatch):
     """Before or after the nth call of a function, or with half of what it should write."""
-    args, call, calls = arguments(ppo, "CartPole-v1", **SMALL), getattr(owner, name), []
+    call, calls = getattr(owner, name), []
 
     def deadly(*args, **kwargs):
         calls.append(args)
-        if len(calls) != nth + 1:
+        if len(calls) != nth:
             return call(*args, **kwargs)
         if when != "before":
             call(*args, **kwargs)
@@ -295,15 +291,139 @@ def test_a_run_killed_at_the_worst_instant_resumes(owner, name, nth, when, monke
             os.truncate(args[1], os.path.getsize(args[1]) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
+    tqdm.set_lock(threading.RLock())  # else the process would die with a lock that this one needs
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, deadly)
-        killed(lambda: ppo.train(args))
+        process = multiprocessing.get_context("fork").Process(target=train, args=(ppo,))
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     old = only_run()
-    files, step = contents(old), load(old / "checkpoint.pt")["global_step"]
-    steps = [json.loads(line)["global_step"] for line in files["metrics.jsonl"].splitlines()]
-    assert step in steps[-3:]
-    ppo.train(replace(args, resume=str(old / "checkpoint.pt")))
-    (new,) = {*Path("runs").iterdir()} - {old}
-    assert load(new / "checkpoint.pt")["global_step"] >= args.total_timesteps
-    assert metrics(new)[0]["global_step"] > step
-    assert contents(old) == files
+    step = load(old)["global_step"]
+    assert step in [row["global_step"] for row in metrics(old)][-3:]
+    new = resume(old)
+    assert new.checkpoint["global_step"] >= 512
+    assert new.rows[0]["global_step"] > step
+
+
+def test_kernel_and_fallback_train_alike(monkeypatch):
+    assert all(script.compute_gae is gae_kernel.compute_gae for script in CRITICS)
+    kernel = train(ppo)
+    monkeypatch.setattr(ppo, "compute_gae", ppo.compute_gae_python)
+    assert_same_run(train(ppo), kernel)
+
+
+def test_numpy_scalars_are_arguments_like_others():
+    plain = {"learning_rate": 1e-3, "seed": 3, "num_envs": 2, "anneal_lr": False}
+    kinds = np.float64, np.int64, np.int32, np.bool_
+    scalars = {name: kind(plain[name]) for name, kind in zip(plain, kinds)}
+    assert_same_run(train(ppo, **scalars), train(ppo, **plain))
+
+
+def test_features_that_hardly_vary_do_no_harm():
+    wanted = {"num_envs": 32, "num_steps": 8, "total_timesteps": 5120, "eval_episodes": 100}
+    assert train(ppo, "Match-v0", **wanted, normalize_observations=True).score == 1
+
+
+REFUSALS = [
+    ("env_id", "SameStep-v0", "NEXT_STEP"),
+    *[("env_id", f"{name}-v0", "needs actions 0 to n - 1 or a vector") for name in REFUSED],
+    ("total_timesteps", 0, "at least 1"),
+    ("num_envs", -3, "at least 1"),
+    ("save_interval", 0, "at least 1"),
+    ("gamma", 1.5, "from 0 to 1"),
+    ("gamma", -0.1, "from 0 to 1"),
+    ("gae_lambda", 1.01, "from 0 to 1"),
+    ("gae_lambda", math.nan, "from 0 to 1"),
+    ("learning_rate", -0.1, "at least 0"),
+    ("max_grad_norm", math.nan, "at least 0"),
+    ("device", "cuda", "finds no GPU"),
+]
+CASES = [(s, *case) for s in LADDER for case in REFUSALS if hasattr(s.Args, case[0])]
+
+
+@pytest.mark.parametrize("script, name, value, message", CASES)
+def test_what_cannot_work_is_refused_by_name(script, name, value, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(script.ArgumentError, match=f"^({name} = {value}: )?.*{message}"):
+        script.train(script.Args(**{name: value}))
+    assert not [*Path().glob("runs/*/metrics.jsonl")]
+
+
+def test_limits_work_themselves_and_integers_as_floats():
+    ppo.check_args(ppo.Args(gamma=0, gae_lambda=1.0, seed=0, ent_coef=0, learning_rate=0))
+    ppo.check_args(ppo.Args(gamma=1, gae_lambda=0.0, num_envs=1))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--env-id CartPoll-v1", "`CartPoll` doesn't exist. Did you mean: `CartPole`?"),
+        ("--env-id nowhere:Task-v0", "No module named 'nowhere'"),
+        ("--num-envs 0", "num_envs = 0: must be at least 1"),
+        ("--resume nowhere.pt", "resume = nowhere.pt: not a checkpoint"),
+    ],
+)
+def test_the_program_tells_a_wrong_argument_in_one_line(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [ppo.__file__, *flags.split()])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        runpy.run_path(ppo.__file__, run_name="__main__")
+    assert not [*Path().glob("runs/*/metrics.jsonl")]
+
+
+@each
+def test_a_number_that_is_not_finite_stops_the_run(script, monkeypatch):
+    """Neither the checkpoint nor the record gets it."""
+    update = script.update
+    poison = [{}, {}, {"losses/entropy": math.inf}]
+    monkeypatch.setattr(script, "update", lambda *args: update(*args) | poison.pop(0))
+    with pytest.raises(FloatingPointError, match=r"not finite: .*losses/entropy.*inf"):
+        train(script, save_interval=1)
+    steps = [row["global_step"] for row in metrics(only_run())]
+    assert len(steps) == 2
+    assert load(only_run())["global_step"] == steps[1]
+
+
+@pytest.mark.parametrize("script", CRITICS)
+def test_a_time_limit_is_not_death(script):
+    """Reward 1 for ever is worth 1 / (1 - gamma) = 10, though an episode lasts 20 steps."""
+    wanted = {"num_envs": 4, "num_steps": 42, "gamma": 0.9, "normalize_rewards": False}
+    run = start(script, "Steady-v0", **wanted, learning_rate=1e-2, vf_learning_rate=1e-2)
+    for _ in range(40):
+        run.update(run.estimate(run.collect()))
+    assert run.agent.value(torch.ones(1)).item() == pytest.approx(10, abs=0.3)
+
+
+@pytest.mark.slow
+def test_a_script_copied_alone_runs_there_as_here(tmp_path, monkeypatch, capfd):
+    """Without the kernel, wandb and the repository, and as a program with flags."""
+    small = SMALL | {"total_timesteps": 1500}
+    code = "import os, runpy, sys; sys.modules |= dict.fromkeys(['gae_kernel', 'wandb'])\n"
+    here = {}
+    for script in LADDER:
+        alone = tmp_path / script.__name__
+        alone.mkdir()
+        here[alone] = train(script, **small)
+        path = shutil.copy(script.__file__, alone)
+        known = {name: value for name, value in small.items() if hasattr(script.Args, name)}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in known.items()]
+        code += f"os.chdir({str(alone)!r}); sys.argv = {[path, *flags]}\n"
+        code += f"runpy.run_path({path!r}, run_name='__main__')\n"
+    capfd.readouterr()
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    printed = capfd.readouterr().out
+    for alone, run in here.items():
+        monkeypatch.chdir(alone)
+        assert metrics(only_run()) == run.rows
+        assert f"{only_run()}: mean return of 2 greedy episodes: {run.score:.1f}" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, steps", [*zip(LADDER, [120_000, 30_000, 40_000, 20_000])], ids=str
+)
+def test_it_learns_cartpole(script, steps):
+    wanted = {"num_envs": 8, "num_steps": 128, "total_timesteps": steps, "eval_episodes": 20}
+    run = train(script, **wanted)
+    assert run.score >= 400
+    assert run.rows[0]["charts/episodic_return"] < 50
