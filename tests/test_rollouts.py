@@ -133,8 +133,10 @@ def test_running_statistics_are_those_of_all_rows():
 
 
 def test_observations_are_scaled_clipped_and_single_if_asked_for():
-    agent, plain = (ppo.Agent(3, 2, False, normalize=normalize) for normalize in (True, False))
-    rows = np.random.default_rng(0).standard_normal((50, 3)) * [1, 10, 0.1] + [0, 5, -100]
+    """Also a clock of large numbers, and a feature that never varies."""
+    agent, plain = (ppo.Agent(5, 2, False, normalize=normalize) for normalize in (True, False))
+    rows = np.random.default_rng(0).standard_normal((50, 5)) * [1, 10, 0.1, 30, 0]
+    rows += [0, 5, -100, 1.7e9, 7777.75]
     agent.obs_stats.update(torch.tensor(rows))
     plain.obs_stats.update(torch.tensor(rows))
     obs = np.concatenate([rows, 1e6 * rows])
@@ -147,14 +149,18 @@ def test_observations_are_scaled_clipped_and_single_if_asked_for():
 
 @pytest.mark.parametrize("name", OBSERVATIONS)
 def test_observations_are_flattened_and_learned_from(name):
+    """They are single only for the networks, so that statistics have all digits of a clock."""
     run, plain = start(ppo, f"{name}-v0", num_envs=2, num_steps=16), gym.make_vec(f"{name}-v0", 2)
     flat, _ = run.envs.reset(seed=3)
     obs, _ = plain.reset(seed=3)
     rows = gym.vector.utils.iterate(plain.observation_space, obs)
     expected = [gym.spaces.flatten(plain.single_observation_space, row) for row in rows]
     np.testing.assert_array_equal(flat, expected)
-    losses = run.update(run.estimate(run.collect()))
-    assert np.isfinite(list(losses.values())).all()
+    rollout = run.collect()
+    batch = run.estimate(rollout)
+    np.testing.assert_array_equal(batch.obs, rollout.obs[rollout.valid])
+    assert batch.obs.numpy().dtype == rollout.obs.dtype == flat.dtype
+    assert np.isfinite(list(run.update(batch).values())).all()
 
 
 @pytest.mark.parametrize("name", ACTIONS)

@@ -78,20 +78,18 @@ def assert_same_run(one, other):
 def watch(monkeypatch, *functions):
     """A list that grows by each call of functions (owner, name), with copies of its arguments."""
     calls = []
-
-    def watched(name, function):
-        def call(*args, **kwargs):
-            seen = SimpleNamespace(name=name, before=copy.deepcopy(args))
-            seen.noise = torch.get_rng_state()
-            seen.result = function(*args, **kwargs)
-            seen.after = copy.deepcopy(args)
-            calls.append(seen)
-            return seen.result
-
-        return call
-
     for owner, name in functions:
-        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
+        function = getattr(owner, name)
+
+        def watched(*args, name=name, function=function, **kwargs):
+            call = SimpleNamespace(name=name, before=copy.deepcopy(args))
+            call.noise = torch.get_rng_state()
+            call.result = function(*args, **kwargs)
+            call.after = copy.deepcopy(args)
+            calls.append(call)
+            return call.result
+
+        monkeypatch.setattr(owner, name, watched)
     return calls
 
 
@@ -252,14 +250,14 @@ def test_evaluation_takes_no_more_steps_than_training_and_says_so(capsys):
 
 
 def test_evaluation_is_greedy():
-    """The right action is a little more likely than the other. Only a greedy policy gets all."""
+    """Five steps pay -0.09 each for action 0, which is a little more likely, and else less."""
 
-    def prefer_the_right_one(agent):
-        agent.actor = torch.nn.Linear(3, 2)
-        agent.actor.weight.data[:] = torch.tensor([[-0.1, 0, 0], [0.1, 0, 0]])
-        agent.actor.bias.data[:] = torch.tensor([0.05, -0.05])
+    def prefer_action_0(agent):
+        agent.actor[-1].weight.data.zero_()
+        agent.actor[-1].bias.data[:] = torch.tensor([0.05, -0.05])
 
-    assert evaluate("Match-v0", prefer_the_right_one, eval_episodes=64) == 1
+    score = evaluate("Discrete-v0", prefer_action_0, eval_episodes=64)
+    assert score == pytest.approx(-0.45)
 
 
 def test_evaluation_repeats_itself_and_depends_on_the_seed():
@@ -314,15 +312,10 @@ def test_kernel_and_fallback_train_alike(monkeypatch):
 
 
 def test_numpy_scalars_are_arguments_like_others():
-    plain = {"learning_rate": 1e-3, "seed": 3, "num_envs": 2, "anneal_lr": False}
-    kinds = np.float64, np.int64, np.int32, np.bool_
-    scalars = {name: kind(plain[name]) for name, kind in zip(plain, kinds)}
+    scalars = {"learning_rate": np.float64(1e-3), "seed": np.int64(3), "num_envs": np.int32(2)}
+    scalars["anneal_lr"] = np.bool_(False)
+    plain = {name: scalar.item() for name, scalar in scalars.items()}
     assert_same_run(train(ppo, **scalars), train(ppo, **plain))
-
-
-def test_features_that_hardly_vary_do_no_harm():
-    wanted = {"num_envs": 32, "num_steps": 8, "total_timesteps": 5120, "eval_episodes": 100}
-    assert train(ppo, "Match-v0", **wanted, normalize_observations=True).score == 1
 
 
 REFUSALS = [
@@ -382,16 +375,6 @@ def test_a_number_that_is_not_finite_stops_the_run(script, monkeypatch):
     steps = [row["global_step"] for row in metrics(only_run())]
     assert len(steps) == 2
     assert load(only_run())["global_step"] == steps[1]
-
-
-@pytest.mark.parametrize("script", CRITICS)
-def test_a_time_limit_is_not_death(script):
-    """Reward 1 for ever is worth 1 / (1 - gamma) = 10, though an episode lasts 20 steps."""
-    wanted = {"num_envs": 4, "num_steps": 42, "gamma": 0.9, "normalize_rewards": False}
-    run = start(script, "Steady-v0", **wanted, learning_rate=1e-2, vf_learning_rate=1e-2)
-    for _ in range(40):
-        run.update(run.estimate(run.collect()))
-    assert run.agent.value(torch.ones(1)).item() == pytest.approx(10, abs=0.3)
 
 
 @pytest.mark.slow
