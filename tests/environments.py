@@ -91,6 +91,28 @@ class Once(Endless):
         return super().reset()
 
 
+class Match(gym.Env):
+    """One step, which pays 1 if the action is the state and -1 if not.
+
+    Two more features hardly vary: a constant and a clock of large numbers.
+    """
+
+    observation_space, action_space = Box(-np.inf, np.inf, (3,), np.float64), Discrete(2)
+    clock = 0
+
+    def observation(self):
+        self.clock += 1
+        return np.array([self.state, 7777.77, 1.7e9 + 0.02 * self.clock])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.integers(2)
+        return self.observation(), {}
+
+    def step(self, action):
+        return self.observation(), 1.0 if action == self.state else -1.0, True, False, {}
+
+
 def vector(num_envs, **options):
     return SyncVectorEnv([Scripted] * num_envs, **options)
 
@@ -110,7 +132,7 @@ REFUSED = {
     "Integers": Box(0, 5, (2,), np.int64),
     "Several": MultiDiscrete([2, 3]),
 }
-for kind in (Scripted, Endless, Once):
+for kind in (Scripted, Endless, Once, Match):
     gym.register(f"{kind.__name__}-v0", kind)
 gym.register("Steady-v0", Endless, max_episode_steps=20)
 gym.register("Reusing-v0", vector_entry_point=vector, kwargs={"copy": False})
