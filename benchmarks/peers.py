@@ -250,10 +250,10 @@ class Watch:
 
         args = ppo.Args(env_id="CartPole-v1", total_timesteps=50_000, eval_episodes=100)
         if ppo.evaluate(SimpleNamespace(act=act), args) < 475:
-            self.solved.pop("lasting", None)
+            self.solved.pop("for good", None)
         else:
-            self.solved.setdefault("first", look)
-            since = self.solved.setdefault("lasting", look)
+            self.solved.setdefault("first look", look)
+            since = self.solved.setdefault("for good", look)
             if steps - since["steps"] >= LASTING:
                 print("solved", json.dumps(self.solved), flush=True)
                 os._exit(0)

@@ -170,73 +170,58 @@ def solve(cleanrl: Path | None = None, seeds: int = 10) -> None:
     facts = machine(cleanrl)
     columns = {"steps": spread(",.0f"), "training, s": spread(".2f")}
     never = dict.fromkeys(columns, math.inf)
-    results: dict[str, list[dict]] = {"lasting": [], "first": []}
+    results = []
     for seed in range(1, seeds + 1):
         for name, arguments in commands.items():
             output, _ = run([*arguments, "--seed", seed])
             solved = re.search(r"solved (\{.*\})", output)
             looks = json.loads(solved[1]) if solved else {}
-            for when, found in results.items():
-                found.append({"program": name, **looks.get(when, never)})
+            for when in ("for good", "first look"):
+                results.append({"program": f"{name}, {when}", **looks.get(when, never)})
             print(name, seed, looks, flush=True)
 
     text = f"""# Seconds until CartPole-v1 is solved
 
-Each program at its defaults, until the mean of 100 greedy episodes is at least 475;
-median [lowest, highest] of seeds 1 to {seeds}.
-Training is timed from the first reset, without the evaluations, one an iteration.
+Each program at its defaults, until the mean of 100 greedy episodes is at least 475: at a first
+look, or for good, at every look over the {LASTING:,} steps that follow. There is a look after each
+iteration. Training is timed from the first reset, without the looks. Median [lowest, highest] of
+seeds 1 to {seeds}.
 
-For good: at every look over the {LASTING:,} steps that follow:
-
-{summary(results["lasting"], columns)}
-
-For the first time, if only at one look:
-
-{summary(results["first"], columns)}"""
+{summary(results, columns)}"""
     write("solve", text, facts)
 
 
-def share(total_timesteps: int = 50_000) -> None:
-    """Where the time of a run of ppo.py goes, and how much of it is torch and the environment.
-
-    Args:
-        total_timesteps: steps of each run.
-    """
+def share() -> None:
+    """Where the time of a run of ppo.py goes, and how much of it is torch and the environment."""
     sys.path.insert(0, str(ROOT))
     import torch._dynamo  # noqa: F401, or an optimizer would import it, for seconds
 
     import ppo
 
-    learn = ppo.learn
-    steps = ["--total-timesteps", str(total_timesteps)]
+    profile = cProfile.Profile()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        patch.object(ppo, "evaluate", lambda *_: 0.0),
+    ):
+        profile.runcall(ppo.train, ppo.Args())
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    columns = ["first calls", "calls", "own time", "whole time", "callers"]
+    calls = pd.DataFrame(stats.values(), columns=columns)
+    calls["file"], _, function = zip(*stats)
+    function = pd.Series(function).replace(".*compute_gae.*", "compute_gae", regex=True)
+    # The path tells the package, or the name of a function in C.
+    code = calls["file"].str.rpartition("site-packages")[2] + function
+    ours = calls["file"] == ppo.__file__
+    owner = code.str.extract("(torch|gymnasium)", expand=False).mask(ours, "ppo.py")
+    own_time = calls["own time"].groupby(owner.fillna("NumPy, GAE and Python")).sum()
+    named = (ours & ~function.str.startswith("<")) | (function == "compute_gae")
+    whole_time = calls["whole time"][named].groupby(function).max()  # two are called update
     text = "# Where the time of a training run goes\n\n"
-    text += f"{' '.join(steps)} of CartPole-v1 with ppo.py, in percent of `learn` under cProfile."
-    for name, flags in {"its defaults": [], "CleanRL's hyperparameters": PPO}.items():
-        profile = cProfile.Profile()
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.chdir(folder),
-            patch.object(ppo, "learn", lambda *run, of=profile: of.runcall(learn, *run)),
-            patch.object(ppo, "evaluate", lambda *_: 0.0),
-        ):
-            ppo.train(tyro.cli(ppo.Args, args=[*flags, *steps]))
-        stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-        columns = ["first calls", "calls", "own time", "whole time", "callers"]
-        calls = pd.DataFrame(stats.values(), columns=columns)
-        calls["file"], _, function = zip(*stats)
-        function = pd.Series(function).replace(".*compute_gae.*", "compute_gae", regex=True)
-        # The path tells the package, or the name of a function in C.
-        code = calls["file"].str.rpartition("site-packages")[2] + function
-        ours = calls["file"] == ppo.__file__
-        owner = code.str.extract("(torch|gymnasium)", expand=False).mask(ours, "ppo.py")
-        own_time = calls["own time"].groupby(owner.fillna("NumPy, GAE and Python")).sum()
-        named = (ours & ~function.str.startswith("<")) | (function == "compute_gae")
-        # max: two are called update
-        whole_time = calls["whole time"][named].groupby(function).max()
-        for head, times in {"in code of": own_time, "in a call of": whole_time}.items():
-            shares = (times / whole_time["learn"]).sort_values(ascending=False).map("{:.2%}".format)
-            rows = shares.rename_axis(head).reset_index(name="share")
-            text += f"\n\nWith {name}:\n\n{table(rows)}"
+    text += "ppo.py with its defaults, in percent of `train` without evaluation, under cProfile."
+    for head, times in {"in code of": own_time, "in a call of": whole_time}.items():
+        shares = (times / whole_time["train"]).sort_values(ascending=False).map("{:.2%}".format)
+        text += f"\n\n{table(shares.rename_axis(head).reset_index(name='share'))}"
     write("share", text, about())
 
 
