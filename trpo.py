@@ -44,7 +44,7 @@ class Args:
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
-    ent_coef: float = 0.05  # weight of the entropy bonus
+    ent_coef: float = 0.04  # weight of the entropy bonus
     target_kl: float = 0.01  # bound on the KL divergence from the old policy
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix

@@ -44,7 +44,7 @@ class Args:
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
-    ent_coef: float = 0.05  # weight of the entropy bonus
+    ent_coef: float = 0.04  # weight of the entropy bonus
     learning_rate: float = 5e-3  # learning rate of the policy
     vf_learning_rate: float = 2e-2  # learning rate of the value function
     vf_epochs: int = 10  # gradient steps of the value function on each rollout
