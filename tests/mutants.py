@@ -135,7 +135,7 @@ MUTANTS = [
     (RUNS, '{time.time_ns()}"', '{args.seed}"'),
     (RUNS, '.replace(":", "-")', ""),
     (RUNS, "normalize=args.normalize_observations", "normalize=True"),
-    (RUNS, "normalize=args.normalize_observations and", "normalize="),
+    (RUNS, "normalize=args.normalize_observations", "normalize=False"),
     (RUNS, "obs = rollout.next_obs[-1]\n", "pass\n"),
     (RUNS, "        done = ended[-1]\n", ""),
     (RUNS, "        episode_return = rollout.episode_returns[-1]\n", ""),
