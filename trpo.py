@@ -18,7 +18,8 @@ import torch
 import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions.kl import kl_divergence
 from tqdm import tqdm
 
 
@@ -39,12 +40,12 @@ class Args:
     normalize_rewards: bool = True  # scale so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
-    num_steps: int = 128  # steps of each environment in a rollout
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
     ent_coef: float = 0.04  # weight of the entropy bonus
+    num_steps: int = 128  # steps of each environment in a rollout
     target_kl: float = 0.01  # bound on the KL divergence from the old policy
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
@@ -318,10 +319,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     kl = kl_divergence(old_policy, policy).mean()
     kl_gradient = flat_grad(kl, parameters, create_graph=True)
 
-    def fisher_product(vector: Tensor) -> Tensor:
+    def fisher_product(p: Tensor) -> Tensor:
         # The KL is at its minimum, 0. Its second derivative is the Fisher matrix F.
-        product = flat_grad(kl_gradient.dot(vector), parameters, retain_graph=True)
-        return product + args.cg_damping * vector
+        return flat_grad(kl_gradient.dot(p), parameters, retain_graph=True) + args.cg_damping * p
 
     @torch.no_grad()
     def accept() -> bool:

@@ -110,21 +110,17 @@ def test_gae(benchmark, shape, dtype, peer):
 
 
 def plot(path):
+    import matplotlib.pyplot as plt
     import pandas as pd
-    import seaborn as sns
 
-    runs = json.loads(Path(path).read_text())["benchmarks"]
-    x, y = "elements, T × N", "median time of a call (µs)"
-    rows = [
-        run["params"] | {x: run["extra_info"]["elements"], y: 1e6 * run["stats"]["median"]}
-        for run in runs
-    ]
-    sns.set_theme(style="whitegrid", font_scale=1.2)
-    grid = sns.relplot(
-        pd.DataFrame(rows), x=x, y=y, hue="peer", col="dtype", kind="line", marker="o"
-    )
-    grid.set(xscale="log", yscale="log").set_titles("{col_name}")
-    grid.savefig(Path(__file__).parent / "results" / "gae.png", dpi=100)
+    runs = pd.json_normalize(json.loads(Path(path).read_text())["benchmarks"])
+    runs["µs"] = 1e6 * runs["stats.median"]
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
+    for ax, (dtype, part) in zip(panels, runs.groupby("params.dtype")):
+        lines = part.pivot_table("µs", "extra_info.elements", "params.peer")[[*PEERS]]
+        lines.plot(ax=ax, loglog=True, marker="o", title=dtype, grid=True, legend=dtype == "float64")
+        ax.set(xlabel="elements, T × N", ylabel="median time of a call (µs)")
+    figure.savefig(Path(__file__).parent / "results" / "gae.png", dpi=100)
 
 
 if __name__ == "__main__":

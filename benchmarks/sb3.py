@@ -5,7 +5,6 @@
 A run is recorded and evaluated as those of ppo.py are, by the same functions.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -27,12 +26,10 @@ ALGORITHMS = {"PPO": PPO, "A2C": A2C, "TRPO": TRPO}
 
 
 @dataclass
-class Args:
+class Args(ppo.Args):
+    """Of ppo.py's, env_id, seed, total_timesteps and eval_episodes count."""
+
     algorithm: Literal["PPO", "A2C", "TRPO"] = "PPO"  # with its defaults
-    env_id: str = "CartPole-v1"  # Gymnasium id of the environment
-    seed: int = 1  # seed of parameters, actions and environments
-    total_timesteps: int = 50_000  # steps of training
-    eval_episodes: int = 100  # greedy episodes after training
 
 
 def train(args: Args) -> float:
@@ -41,7 +38,6 @@ def train(args: Args) -> float:
     run_name = f"{args.env_id}__{args.algorithm}__{args.seed}__{time.time_ns()}"
     run_dir = Path("runs", run_name.replace("/", "-"))
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
     env = gym.make(args.env_id)
     if len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
@@ -49,18 +45,11 @@ def train(args: Args) -> float:
     start = time.perf_counter()
     model.learn(args.total_timesteps)
     metrics = {"global_step": model.num_timesteps}
-    metrics["charts/SPS"] = model.num_timesteps / (time.perf_counter() - start)
-    ppo.log(metrics, run_dir, None)
-    evaluation = ppo.Args(
-        env_id=args.env_id,
-        seed=args.seed,
-        total_timesteps=args.total_timesteps,
-        eval_episodes=args.eval_episodes,
-    )
+    speed = model.num_timesteps / (time.perf_counter() - start)
+    ppo.log(metrics | {"charts/SPS": speed}, run_dir, None)
     agent = SimpleNamespace(act=lambda obs, greedy: model.predict(obs, deterministic=greedy)[0])
-    score = ppo.evaluate(agent, evaluation)
-    metrics = {"global_step": model.num_timesteps, "eval/episodic_return": score}
-    ppo.log(metrics, run_dir, None)
+    score = ppo.evaluate(agent, args)
+    ppo.log(metrics | {"eval/episodic_return": score}, run_dir, None)
     return score
 
 

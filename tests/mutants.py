@@ -64,7 +64,7 @@ MUTANTS = [
     (UPDATES, "next_r = r - alpha * Ap", "next_r = r - Ap"),
     (UPDATES, "        if r.dot(r) < 1e-10:  # solved: the next step would divide by almost 0\n            break\n", ""),
     (UPDATES, "torch.sqrt(2 * args.target_kl", "torch.sqrt(args.target_kl"),
-    (UPDATES, "product + args.cg_damping * vector", "product"),
+    (UPDATES, "retain_graph=True) + args.cg_damping * p", "retain_graph=True)"),
     (UPDATES, "and new_kl <= args.target_kl", ""),
     (UPDATES, "gain > 0 and", ""),
     (UPDATES, "fraction = 0.5**backtracks", "fraction = 0.8**backtracks"),
