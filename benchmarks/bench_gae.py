@@ -118,7 +118,7 @@ def plot(path):
     figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
     for ax, (dtype, part) in zip(panels, runs.groupby("params.dtype")):
         lines = part.pivot_table("µs", "extra_info.elements", "params.peer")[[*PEERS]]
-        lines.plot(ax=ax, loglog=True, marker="o", title=dtype, grid=True, legend=dtype == "float64")
+        lines.plot(ax=ax, title=dtype, loglog=True, marker="o", legend=ax is panels[0])
         ax.set(xlabel="elements, T × N", ylabel="median time of a call (µs)")
     figure.savefig(Path(__file__).parent / "results" / "gae.png", dpi=100)
 
