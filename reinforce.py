@@ -54,12 +54,11 @@ def check_args(args: Args) -> None:
     """Raises ArgumentError for values that cannot work."""
     for name, value in vars(args).items():
         # All integers but the seed are counts.
-        if Args.__annotations__[name] is int and name != "seed" and value < 1:
-            raise ArgumentError(f"{name} = {value}: must be at least 1")
-        if name == "gamma" and not 0 <= value <= 1:
-            raise ArgumentError(f"{name} = {value}: must be from 0 to 1")
-        if Args.__annotations__[name] is float and not value >= 0:
-            raise ArgumentError(f"{name} = {value}: must be at least 0")
+        lowest = 1 if Args.__annotations__[name] is int and name != "seed" else 0
+        if Args.__annotations__[name] in (int, float) and not value >= lowest:
+            raise ArgumentError(f"{name} = {value}: must be at least {lowest}")
+        if name == "gamma" and value > 1:
+            raise ArgumentError(f"{name} = {value}: must be at most 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("device = cuda: PyTorch finds no GPU")
 
@@ -82,7 +81,6 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
 
 
 def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units."""
     return nn.Sequential(
         nn.Linear(num_inputs, 64),
         nn.Tanh(),
@@ -181,7 +179,7 @@ def collect_rollout(agent: Agent, envs, args: Args) -> Rollout:
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
         # Ended environments step on until all have ended. Those steps do not count.
-        steps.append(Rollout(~done, obs, actions, np.where(done, 0.0, rewards)))
+        steps.append(Rollout(~done, obs, actions, rewards * ~done))
         obs = next_obs
         done = done | terminations | truncations
     return Rollout(*(np.stack(column) for column in zip(*steps)))
@@ -297,9 +295,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         normalize=args.normalize_observations,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
-    global_step = 0
-    if args.resume:
-        global_step = load(args.resume, agent, optimizers)
+    global_step = load(args.resume, agent, optimizers) if args.resume else 0
     torch.manual_seed(args.seed + global_step)  # so that resuming draws new numbers
     envs.reset(seed=args.seed + global_step)  # only seeds: each rollout resets again
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")

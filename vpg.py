@@ -58,12 +58,11 @@ def check_args(args: Args) -> None:
     """Raises ArgumentError for values that cannot work."""
     for name, value in vars(args).items():
         # All integers but the seed are counts.
-        if Args.__annotations__[name] is int and name != "seed" and value < 1:
-            raise ArgumentError(f"{name} = {value}: must be at least 1")
-        if name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
-            raise ArgumentError(f"{name} = {value}: must be from 0 to 1")
-        if Args.__annotations__[name] is float and not value >= 0:
-            raise ArgumentError(f"{name} = {value}: must be at least 0")
+        lowest = 1 if Args.__annotations__[name] is int and name != "seed" else 0
+        if Args.__annotations__[name] in (int, float) and not value >= lowest:
+            raise ArgumentError(f"{name} = {value}: must be at least {lowest}")
+        if name in ("gamma", "gae_lambda") and value > 1:
+            raise ArgumentError(f"{name} = {value}: must be at most 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("device = cuda: PyTorch finds no GPU")
 
@@ -86,7 +85,6 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
 
 
 def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units."""
     return nn.Sequential(
         nn.Linear(num_inputs, 64),
         nn.Tanh(),
@@ -175,31 +173,31 @@ class Rollout(NamedTuple):
     valid: np.ndarray  # (T, N), bool: False where the step only resets
     obs: np.ndarray  # (T, N, D)
     actions: np.ndarray  # (T, N) or (T, N, A), as sampled
-    next_obs: np.ndarray  # (T, N, D): after actions[t], before any reset
     rewards: np.ndarray  # (T, N)
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
     episode_returns: np.ndarray  # (T, N): the sum of the episode's rewards so far
 
 
-def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: int) -> Rollout:
-    """Continues from obs (N, D) for num_steps steps.
+def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: int) -> tuple:
+    """Returns a Rollout of num_steps steps, and the three arguments that continue from it.
 
+    obs (N, D) are the present observations.
     done (N,) marks the environments that the first step only resets.
     episode_return (N,) has the sum of each episode's rewards so far.
     """
-    steps = []  # each a tuple of Rollout's fields, without the axis T
+    steps = []  # each a Rollout without the axis T
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
-        episode_return = np.where(done, 0.0, episode_return + rewards)
-        step = (~done, obs, actions, next_obs, rewards, terminations, truncations, episode_return)
+        episode_return = (episode_return + rewards) * ~done
+        step = Rollout(~done, obs, actions, rewards, terminations, truncations, episode_return)
         steps.append(step)
         obs = next_obs
         done = terminations | truncations
-    # From T steps of 8 fields to 8 arrays with T rows
-    return Rollout(*(np.stack(column) for column in zip(*steps)))
+    rollout = Rollout(*(np.stack(column) for column in zip(*steps)))
+    return rollout, obs, done, episode_return
 
 
 def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_lambda):
@@ -238,12 +236,11 @@ class Batch(NamedTuple):
     returns: Tensor  # (M,): targets of V(s)
 
 
-def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Returns the valid steps, with advantages and returns."""
-    # obs[t + 1] is next_obs[t], so only the last next_obs has to be added.
-    obs = np.concatenate([rollout.obs, rollout.next_obs[-1:]])
-    with torch.no_grad():
-        values = agent.value(obs).cpu().numpy()
+def estimate_advantages(agent: Agent, rollout: Rollout, last_obs, args: Args) -> Batch:
+    """Returns the valid steps, with advantages and returns. last_obs (N, D) follow the rollout."""
+    # Resets come one step late, so obs[t + 1] follows step t even at an episode's end.
+    obs = np.concatenate([rollout.obs, last_obs[None]])
+    values = agent.value(obs).detach().cpu().numpy()
     rewards = rollout.rewards.astype(np.float32)
     ends = (rollout.terminations, rollout.truncations)
     if args.normalize_rewards:
@@ -357,9 +354,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         normalize=args.normalize_observations,
     ).to(args.device)
     optimizers = make_optimizers(agent, args)
-    global_step = 0
-    if args.resume:
-        global_step = load(args.resume, agent, optimizers)
+    global_step = load(args.resume, agent, optimizers) if args.resume else 0
     torch.manual_seed(args.seed + global_step)  # so that resuming draws new numbers
     obs, _ = envs.reset(seed=args.seed + global_step)
     done = np.zeros(args.num_envs, bool)
@@ -377,12 +372,10 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
             optimizer.param_groups[0]["lr"] = fraction * optimizer.defaults["lr"]
 
         # Collect experience and learn from it
-        rollout = collect_rollout(agent, envs, obs, done, episode_return, args.num_steps)
-        obs = rollout.next_obs[-1]
-        ended = rollout.terminations | rollout.truncations
-        done = ended[-1]
-        episode_return = rollout.episode_returns[-1]
-        batch = estimate_advantages(agent, rollout, args)
+        rollout, obs, done, episode_return = collect_rollout(
+            agent, envs, obs, done, episode_return, args.num_steps
+        )
+        batch = estimate_advantages(agent, rollout, obs, args)
         metrics = update(agent, optimizers, batch, args)
         # Only now, because acting and learning must see the same statistics
         agent.obs_stats.update(batch.obs)
@@ -393,6 +386,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         progress.update(steps)
         metrics["charts/SPS"] = steps / (time.perf_counter() - start)
         metrics["global_step"] = global_step
+        ended = rollout.terminations | rollout.truncations
         if ended.any():
             metrics["charts/episodic_return"] = rollout.episode_returns[ended].mean().item()
             progress.set_postfix(episodic_return=metrics["charts/episodic_return"])

@@ -114,12 +114,14 @@ def plot(path):
     import pandas as pd
 
     runs = pd.json_normalize(json.loads(Path(path).read_text())["benchmarks"])
+    plt.rcParams["font.size"] = 15
     runs["µs"] = 1e6 * runs["stats.median"]
     figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
     for ax, (dtype, part) in zip(panels, runs.groupby("params.dtype")):
         lines = part.pivot_table("µs", "extra_info.elements", "params.peer")[[*PEERS]]
-        lines.plot(ax=ax, title=dtype, loglog=True, marker="o", legend=ax is panels[0])
+        lines.plot(ax=ax, title=dtype, loglog=True, marker="o", legend=False)
         ax.set(xlabel="elements, T × N", ylabel="median time of a call (µs)")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right")
     figure.savefig(Path(__file__).parent / "results" / "gae.png", dpi=100)
 
 

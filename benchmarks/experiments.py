@@ -44,12 +44,12 @@ def take_policies(targets: list[int]) -> list[vpg.Agent]:
     found: list[vpg.Agent] = []
     estimate_advantages = vpg.estimate_advantages
 
-    def watch(agent, rollout, args):
+    def watch(agent, rollout, last_obs, args):
         episodes = (rollout.terminations | rollout.truncations).sum()
         mean_return = rollout.valid.sum() / max(episodes, 1)  # each step pays 1
         while len(found) < len(targets) and mean_return >= targets[len(found)]:
             found.append(copy.deepcopy(agent))
-        return estimate_advantages(agent, rollout, args)
+        return estimate_advantages(agent, rollout, last_obs, args)
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -78,13 +78,15 @@ def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
     while len(estimates[0]) < ESTIMATES:
         obs, _ = envs.reset()
         start = (obs, np.zeros(width, bool), np.zeros(width))
-        rollout = vpg.collect_rollout(agent, envs, *start, 500)  # the limit of an episode's length
+        # 500 is the limit of an episode's length
+        rollout, last_obs, _, _ = vpg.collect_rollout(agent, envs, *start, 500)
         ends = rollout.terminations | rollout.truncations
         valid = np.cumsum(ends, axis=0) - ends == 0  # each environment's first episode
         rollout = rollout._replace(valid=valid, rewards=rollout.rewards * valid)
         returns.append(rollout.rewards.sum() / width)
         for first in range(0, width, EPISODES):
-            part = vpg.Rollout(*(x[:, first : first + EPISODES] for x in rollout))
+            columns = slice(first, first + EPISODES)
+            part = vpg.Rollout(*(x[:, columns] for x in rollout))
             whole = reinforce.Rollout(part.valid, part.obs, part.actions, part.rewards)
             for results, (module, changes) in zip(estimates, ways.values()):
                 args = module.Args(normalize_rewards=False, **changes)
@@ -92,7 +94,7 @@ def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
                     batch = reinforce.compute_returns(agent, whole, args)
                     weights = batch.returns
                 else:
-                    batch = vpg.estimate_advantages(agent, part, args)
+                    batch = vpg.estimate_advantages(agent, part, last_obs[columns], args)
                     weights = batch.advantages
                 log_probs = agent.policy(batch.obs).log_prob(batch.actions)
                 gradient = torch.autograd.grad((log_probs * weights).sum() / EPISODES, parameters)

@@ -160,20 +160,21 @@ def start(script, env_id, **wanted):
     agent = script.Agent(*sizes, isinstance(space, Box), args.normalize_observations)
     optimizers = script.make_optimizers(agent, args)
     obs, _ = envs.reset(seed=args.seed)
-    state = [obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs)]
+    run = SimpleNamespace(args=args, envs=envs, agent=agent, optimizers=optimizers)
+    run.state = obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs)
 
     def collect():
         if script is reinforce:
             return script.collect_rollout(agent, envs, args)
-        rollout = script.collect_rollout(agent, envs, *state, args.num_steps)
-        ended = rollout.terminations | rollout.truncations
-        state[:] = rollout.next_obs[-1], ended[-1], rollout.episode_returns[-1]
+        rollout, *run.state = script.collect_rollout(agent, envs, *run.state, args.num_steps)
         return rollout
 
-    estimate = script.compute_returns if script is reinforce else script.estimate_advantages
-    run = SimpleNamespace(args=args, envs=envs, agent=agent, optimizers=optimizers)
-    run.collect = collect
-    run.estimate = lambda rollout: estimate(agent, rollout, args)
+    def estimate(rollout):
+        if script is reinforce:
+            return script.compute_returns(agent, rollout, args)
+        return script.estimate_advantages(agent, rollout, run.state[0], args)
+
+    run.collect, run.estimate = collect, estimate
     run.update = lambda batch: script.update(agent, optimizers, batch, args)
     return run
 

@@ -41,7 +41,7 @@ def test_rollouts_are_the_episodes_of_each_environment(script, env_id):
             if not ended:
                 next_obs, reward, *ends, _ = env.step(action)
                 episode_return += reward
-                step = (True, obs, action, next_obs, reward, *ends, episode_return)
+                step = (True, obs, action, reward, *ends, episode_return)
                 if script is reinforce:
                     step = (True, obs, action, reward)
                 for column, expected in zip(rollout, step, strict=True):
@@ -51,6 +51,7 @@ def test_rollouts_are_the_episodes_of_each_environment(script, env_id):
                 if ended:
                     lengths.add(env.time)
             elif script is ppo:
+                np.testing.assert_array_equal(rollout.obs[t, number], obs)
                 obs, _ = env.reset()
                 ended, episode_return = False, 0.0
             else:
@@ -69,15 +70,18 @@ def episodes(rollout):
             yield part, env
 
 
-def estimates(agent, rollout, steps, scale, gae_lambda=None, reward_to_go=None):
-    """The columns of Batch after obs and actions, for the steps of one episode."""
+def estimates(agent, obs, rollout, steps, scale, gae_lambda=None, reward_to_go=None):
+    """The columns of Batch after obs and actions, for the steps of one episode.
+
+    obs are the rollout's and those after it: (T + 1, N, D).
+    """
     rewards = rollout.rewards[steps] / scale
     if gae_lambda is None:
         returns = reference.discounted_returns(rewards, 0.9)
         return [returns if reward_to_go else returns[0]]
-    obs = [*rollout.obs[steps], rollout.next_obs[steps][-1]]
+    part, env = steps
     with torch.no_grad():
-        values = agent.value(np.array(obs)).double().numpy()
+        values = agent.value(obs[part[0] : part[-1] + 2, env]).double().numpy()
     terminated = rollout.terminations[steps][-1]
     advantages = reference.gae(rewards, values, terminated, 0.9, gae_lambda)
     return advantages, advantages + values[:-1]
@@ -104,8 +108,10 @@ def test_estimates_are_those_of_one_episode_at_a_time(
             seen = np.append(seen, reference.discounted_returns(rollout.rewards[steps], 0.9))
         scale = np.std(seen) if normalize_rewards else 1
         expected = np.full((len(batch) - 2, *valid.shape), np.nan)
+        obs = np.array([*rollout.obs, run.state[0]])
         for steps in episodes(rollout):
-            expected[:, *steps] = estimates(run.agent, rollout, steps, scale, **{option: value})
+            wanted = estimates(run.agent, obs, rollout, steps, scale, **{option: value})
+            expected[:, *steps] = wanted
         np.testing.assert_array_equal(batch.obs, rollout.obs[valid])
         np.testing.assert_array_equal(batch.actions, rollout.actions[valid])
         for actual, wanted in zip(batch[2:], expected, strict=True):

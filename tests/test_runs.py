@@ -136,8 +136,9 @@ def test_each_rollout_goes_on_where_the_one_before_it_ended(monkeypatch):
     calls = watch(monkeypatch, (ppo, "collect_rollout"))
     train(ppo, "Scripted-v0")
     for call, following in itertools.pairwise(calls):
-        rollout, (_, _, obs, done, episode_return, _) = call.result, following.before
-        np.testing.assert_array_equal(obs, rollout.next_obs[-1])
+        rollout, last_obs, *_ = call.result
+        _, _, obs, done, episode_return, _ = following.before
+        np.testing.assert_array_equal(obs, last_obs)
         np.testing.assert_array_equal(done, rollout.terminations[-1] | rollout.truncations[-1])
         np.testing.assert_array_equal(episode_return, rollout.episode_returns[-1])
     assert any(call.before[3].any() for call in calls)
@@ -332,10 +333,11 @@ REFUSALS = [
     ("total_timesteps", 0, "at least 1"),
     ("num_envs", -3, "at least 1"),
     ("save_interval", 0, "at least 1"),
-    ("gamma", 1.5, "from 0 to 1"),
-    ("gamma", -0.1, "from 0 to 1"),
-    ("gae_lambda", 1.01, "from 0 to 1"),
-    ("gae_lambda", math.nan, "from 0 to 1"),
+    ("seed", -1, "at least 0"),
+    ("gamma", 1.5, "at most 1"),
+    ("gamma", -0.1, "at least 0"),
+    ("gae_lambda", 1.01, "at most 1"),
+    ("gae_lambda", math.nan, "at least 0"),
     ("learning_rate", -0.1, "at least 0"),
     ("max_grad_norm", math.nan, "at least 0"),
     ("device", "cuda", "finds no GPU"),
