@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gae_kernel import compute_gae
 from vpg import compute_gae_python
@@ -23,20 +24,19 @@ def rows(xp, rewards, values, dones):
     """The usual loop, in NumPy or torch."""
     advantages, advantage = xp.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
-        continues = 1.0 - dones[t]
+        continues = ~dones[t]
         delta = rewards[t] + GAMMA * values[t + 1] * continues - values[t]
-        advantages[t] = advantage = delta + GAMMA * GAE_LAMBDA * continues * advantage
+        advantages[t] = advantage = delta + GAMMA * GAE_LAMBDA * advantage * continues
     return advantages, advantages + values[:-1]
 
 
 def torch_rows(*case):
-    torch = pytest.importorskip("torch")
-    rewards, values, terminations, _ = map(torch.from_numpy, case)
-    dones = terminations.to(rewards.dtype)
-    return lambda: rows(torch, rewards, values, dones)
+    tensors = [torch.from_numpy(x) for x in case[:3]]
+    return lambda: rows(torch, *tensors)
 
 
-def loops(rewards, values, terminations, truncations, gamma, decay, advantages, returns):
+def loops(rewards, values, terminations, truncations, gamma, decay):
+    advantages, returns = np.empty_like(rewards), np.empty_like(rewards)
     advantage = np.zeros_like(rewards[0])
     for t in range(rewards.shape[0] - 1, -1, -1):
         for n in range(rewards.shape[1]):
@@ -45,18 +45,13 @@ def loops(rewards, values, terminations, truncations, gamma, decay, advantages, 
             trace = decay * (not (terminations[t, n] | truncations[t, n]))
             advantages[t, n] = advantage[n] = delta + trace * advantage[n]
             returns[t, n] = advantage[n] + values[t, n]
+    return advantages, returns
 
 
 def numba(*case):
     compiled = pytest.importorskip("numba").njit(loops)
     discounts = [case[0].dtype.type(x) for x in (GAMMA, GAMMA * GAE_LAMBDA)]
-
-    def call():
-        outputs = np.empty_like(case[0]), np.empty_like(case[0])
-        compiled(*case, *discounts, *outputs)
-        return outputs
-
-    return call
+    return lambda: compiled(*case, *discounts)
 
 
 def rlox(rewards, values, terminations, truncations):
@@ -109,11 +104,13 @@ def test_gae(benchmark, shape, dtype, peer):
     benchmark(call)
 
 
-def plot(path):
+if __name__ == "__main__":
     import matplotlib.pyplot as plt
     import pandas as pd
 
-    runs = pd.json_normalize(json.loads(Path(path).read_text())["benchmarks"])
+    from benchmarks.common import RESULTS, about
+
+    runs = pd.json_normalize(json.loads(Path(sys.argv[1]).read_text())["benchmarks"])
     plt.rcParams["font.size"] = 15
     runs["µs"] = 1e6 * runs["stats.median"]
     figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
@@ -122,11 +119,5 @@ def plot(path):
         lines.plot(ax=ax, title=dtype, loglog=True, marker="o", legend=False)
         ax.set(xlabel="elements, T × N", ylabel="median time of a call (µs)")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right")
-    figure.savefig(Path(__file__).parent / "results" / "gae.png", dpi=100)
-
-
-if __name__ == "__main__":
-    from benchmarks.common import about
-
-    plot(sys.argv[1])
+    figure.savefig(RESULTS / "gae.png")
     print(about("numba", "rlox"))

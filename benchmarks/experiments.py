@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import COLORS, OTHER_COLORS, RESULTS, ROOT, STYLE, about, band, table
+from common import COLORS, OTHER_COLORS, RESULTS, ROOT, STYLE, about, table
 from torch.nn.utils import parameters_to_vector
 
 sys.path.insert(0, str(ROOT))
@@ -28,14 +28,14 @@ EPISODES = 8  # of one estimate of the gradient
 ESTIMATES = 512  # at each policy
 TARGETS = [0, 50, 100, 200, 350, 475]  # returns at which policies are taken from one training
 BIAS_TARGET = 3  # which of them GAE's bias is measured at
-LAMBDAS = [0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0]
+LAMBDAS = ["0", "0.5", "0.8", "0.9", "0.95", "0.97", "0.99", "1"]
 IDEAS = {
     "total return": (reinforce, {"reward_to_go": False}),
     "reward-to-go": (reinforce, {}),
     "minus V(s)": (vpg, {"gae_lambda": 1.0}),
     "GAE, λ = 0.97": (vpg, {"gae_lambda": 0.97}),
 }
-GAES = {f"{value:g}": (vpg, {"gae_lambda": value}) for value in LAMBDAS}
+GAES = {name: (vpg, {"gae_lambda": float(name)}) for name in LAMBDAS}
 IDEA_COLORS = [COLORS["reinforce"], OTHER_COLORS[0], OTHER_COLORS[1], COLORS["vpg"]]
 
 
@@ -56,15 +56,15 @@ def take_policies(targets: list[int]) -> list[vpg.Agent]:
         contextlib.chdir(folder),
         patch.object(vpg, "estimate_advantages", watch),
     ):
-        args = vpg.Args(normalize_observations=False, normalize_rewards=False, eval_episodes=1)
-        vpg.train(args)
+        raw = {"normalize_observations": False, "normalize_rewards": False}
+        vpg.train(vpg.Args(num_steps=128, eval_episodes=1, **raw))
     if len(found) < len(targets):
         raise RuntimeError(f"vpg.py never returned {targets[len(found)]} in a rollout")
     return found
 
 
-def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
-    """Estimates (ways, ESTIMATES, parameters) from the scripts' batches, and the mean return.
+def gradients(agent: vpg.Agent, ways: dict) -> tuple[dict[str, np.ndarray], float]:
+    """Estimates (ESTIMATES, parameters) of each way from the scripts' batches, and the mean return.
 
     All ways see the same whole episodes. Each estimate is the gradient of the mean over episodes
     of sum log pi(a|s) A, where A is the advantage or the return.
@@ -73,9 +73,9 @@ def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
     envs = vpg.make_envs(vpg.Args(), width)
     envs.reset(seed=1)
     parameters = list(agent.actor.parameters())
-    estimates: list[list[np.ndarray]] = [[] for _ in ways]
+    estimates: dict[str, list[np.ndarray]] = {way: [] for way in ways}
     returns = []
-    while len(estimates[0]) < ESTIMATES:
+    for _ in range(ESTIMATES * EPISODES // width):
         obs, _ = envs.reset()
         start = (obs, np.zeros(width, bool), np.zeros(width))
         # 500 is the limit of an episode's length
@@ -88,7 +88,7 @@ def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
             columns = slice(first, first + EPISODES)
             part = vpg.Rollout(*(x[:, columns] for x in rollout))
             whole = reinforce.Rollout(part.valid, part.obs, part.actions, part.rewards)
-            for results, (module, changes) in zip(estimates, ways.values()):
+            for way, (module, changes) in ways.items():
                 args = module.Args(normalize_rewards=False, **changes)
                 if module is reinforce:
                     batch = reinforce.compute_returns(agent, whole, args)
@@ -98,8 +98,8 @@ def gradients(agent: vpg.Agent, ways: dict) -> tuple[np.ndarray, float]:
                     weights = batch.advantages
                 log_probs = agent.policy(batch.obs).log_prob(batch.actions)
                 gradient = torch.autograd.grad((log_probs * weights).sum() / EPISODES, parameters)
-                results.append(parameters_to_vector(gradient).double().numpy())
-    return np.array(estimates), float(np.mean(returns))
+                estimates[way].append(parameters_to_vector(gradient).double().numpy())
+    return {way: np.array(rows) for way, rows in estimates.items()}, float(np.mean(returns))
 
 
 def moments(estimates: np.ndarray, reference: np.ndarray) -> list[list[float]]:
@@ -128,49 +128,51 @@ def moments(estimates: np.ndarray, reference: np.ndarray) -> list[list[float]]:
 def compare(agent: vpg.Agent, ways: dict, reference: str) -> dict:
     """The moments of each way's estimates at one policy, against those of reference."""
     estimates, mean_return = gradients(agent, ways)
-    against = estimates[list(ways).index(reference)]
-    return {
-        "return": mean_return,
-        "ways": {way: moments(one, against) for way, one in zip(ways, estimates)},
-    }
+    worth = {way: moments(rows, estimates[reference]) for way, rows in estimates.items()}
+    return {"return": mean_return, "ways": worth}
+
+
+def band(ax, x, estimates, label: str, **look) -> None:
+    """A line of estimates (3, K) with its interval shaded."""
+    mean, low, high = estimates
+    ax.plot(x, mean, label=label, linewidth=2, marker="o", **look)
+    ax.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
 
 
 def draw(data: dict) -> None:
     plt.rcParams.update(STYLE)
     title = f"CartPole-v1, {ESTIMATES} estimates of {EPISODES} episodes, 95 % intervals"
-    fig, ax = plt.subplots(figsize=(8, 5.2))
+    fig, ax = plt.subplots(figsize=(8, 5.2), layout="constrained")
     x = [policy["return"] for policy in data["ideas"]]
     for way, color in zip(IDEAS, IDEA_COLORS):
         values = np.transpose([policy["ways"][way][0] for policy in data["ideas"]])
-        band(ax, x, values, way, color=color, marker="o")
+        band(ax, x, values, way, color=color)
     ax.set(yscale="log", xlabel="mean return of the policy", xlim=(x[0], x[-1]))
     ax.set_ylabel("variance / that of total return")
     fig.legend(loc="outside upper center", ncols=2, title=title)
     fig.savefig(RESULTS / "variance.png")
 
-    fig, ax = plt.subplots(figsize=(8, 5.2))
-    x = np.arange(len(LAMBDAS))
+    fig, ax = plt.subplots(figsize=(8, 5.2), layout="constrained")
     bias, variance = (np.transpose([w[n] for w in data["gae"]["ways"].values()]) for n in (1, 2))
-    band(ax, x[:-1], bias[:, :-1], "squared bias", color=OTHER_COLORS[2], marker="o")
-    band(ax, x, variance, "variance", color=OTHER_COLORS[1], marker="o")
-    ax.set(yscale="log", xlabel="λ of GAE", ylabel="share of |mean at λ = 1|²", xlim=(0, x[-1]))
-    ax.set_xticks(x, [f"{value:g}" for value in LAMBDAS])
+    band(ax, LAMBDAS[:-1], bias[:, :-1], "squared bias", color=OTHER_COLORS[2])
+    band(ax, LAMBDAS, variance, "variance", color=OTHER_COLORS[1])
+    ax.set(yscale="log", xlabel="λ of GAE", ylabel="share of |mean at λ = 1|²", xmargin=0)
     fig.legend(loc="outside upper center", ncols=2, title=title)
     fig.savefig(RESULTS / "bias.png")
 
 
 def tables(data: dict) -> str:
-    lines = ["# The gradient's variance and bias", "", "Written by `benchmarks/experiments.py`."]
-    lines += ["Each value has a 95 % bootstrap interval. The reference is total return, or λ = 1."]
+    text = "# The gradient's variance and bias\n\nWritten by `benchmarks/experiments.py`.\n"
+    text += "Each value has a 95 % bootstrap interval. The reference is total return, or λ = 1."
     heads = ["variance / reference's", "bias² / signal", "variance / signal"]
     for policy in [*data["ideas"], data["gae"]]:
         rows = [
             [way, *("{:.3g} [{:.3g}, {:.3g}]".format(*value) for value in values)]
             for way, values in policy["ways"].items()
         ]
-        lines += ["", f"At a policy of mean return {policy['return']:.0f}:", ""]
-        lines += [table(pd.DataFrame(rows, columns=["estimate", *heads]))]
-    return "\n".join([*lines, "", f"{data['about']}."])
+        text += f"\n\nAt a policy of mean return {policy['return']:.0f}:\n\n"
+        text += table(pd.DataFrame(rows, columns=["estimate", *heads]))
+    return f"{text}\n\n{data['about']}."
 
 
 def main() -> None:

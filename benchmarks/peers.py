@@ -25,7 +25,7 @@ LASTING = 5_000  # steps over which every look must pass
 def print_speed(train: Callable[[int], Any], steps: str) -> None:
     start = time.perf_counter()
     train(int(steps))
-    print("SPS:", int(steps) / (time.perf_counter() - start))
+    print(f"{int(steps) / (time.perf_counter() - start)} steps/s")
 
 
 def load_script(path: str, flags: tuple[str, ...]):
@@ -38,19 +38,11 @@ def load_script(path: str, flags: tuple[str, ...]):
 
 
 def ours(path: str, *flags: str) -> None:
-    """Times the loop with its logs and checkpoints, which is what the progress bar sees."""
+    """The progress bar ends with the speed of the loop, its logs and checkpoints included."""
     import gymnasium as gym
 
     gym.registry["CartPole-v1"].vector_entry_point = None  # one by one, as the others step them
     module, args = load_script(path, flags)
-
-    class Clock(module.tqdm):
-        def close(self):
-            if not self.disable:  # the first time
-                print("SPS:", self.n / self.format_dict["elapsed"])
-            super().close()
-
-    module.tqdm = Clock
     module.evaluate = lambda *_: 0.0
     module.train(args)
 
@@ -84,18 +76,9 @@ def sb3_trpo(steps: str) -> None:
 def rlox_ppo(steps: str) -> None:
     from rlox.algorithms.ppo import PPO
 
-    settings: dict = {"learning_rate": 2.5e-4, "anneal_lr": True, "clip_vloss": False}
-    model = PPO(
-        "gymnasium:CartPole-v1", n_envs=4, n_steps=128, batch_size=128, n_epochs=4, **settings
-    )
-    print_speed(model.train, steps)
-
-
-def rlox_vpg(steps: str) -> None:
-    from rlox.algorithms.vpg import VPG
-
-    settings: dict = {"learning_rate": 5e-3, "vf_lr": 2e-2, "vf_epochs": 10, "gae_lambda": 0.97}
-    model = VPG("gymnasium:CartPole-v1", n_envs=8, n_steps=128, **settings)
+    settings: dict = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "clip_vloss": False}
+    settings |= {"learning_rate": 2.5e-4, "anneal_lr": True}
+    model = PPO("gymnasium:CartPole-v1", n_envs=4, **settings)
     print_speed(model.train, steps)
 
 
@@ -113,23 +96,14 @@ def torchrl_ppo(steps: str) -> None:
     envs = gym.make_vec("CartPole-v1", 4, "sync", vector_kwargs=mode)
     envs = GymWrapper(envs, categorical_action_encoding=True)
     nets = [MLP(4, size, num_cells=[64, 64], activation_class=torch.nn.Tanh) for size in (2, 1)]
-    actor = ProbabilisticActor(
-        TensorDictModule(nets[0], in_keys=["observation"], out_keys=["logits"]),
-        in_keys=["logits"],
-        spec=envs.action_spec,
-        distribution_class=torch.distributions.Categorical,
-        return_log_prob=True,
-    )
+    logits = TensorDictModule(nets[0], in_keys=["observation"], out_keys=["logits"])
+    sampling = {"distribution_class": torch.distributions.Categorical, "return_log_prob": True}
+    actor = ProbabilisticActor(logits, spec=envs.action_spec, in_keys=["logits"], **sampling)
     critic = ValueOperator(nets[1], in_keys=["observation"])
     add_advantages = GAE(gamma=0.99, lmbda=0.95, value_network=critic)
-    losses = ClipPPOLoss(
-        actor,
-        critic,
-        entropy_coeff=0.01,
-        critic_coeff=0.25,  # of the mean square, without 1/2
-        loss_critic_type="l2",
-        normalize_advantage=True,
-    )
+    # "l2" is the mean square, without 1/2
+    weights: dict = {"entropy_coeff": 0.01, "critic_coeff": 0.25, "loss_critic_type": "l2"}
+    losses = ClipPPOLoss(actor, critic, **weights, normalize_advantage=True)
     optimizer = torch.optim.Adam(losses.parameters(), eps=1e-5)
 
     def train(steps: int) -> None:
@@ -203,28 +177,26 @@ def xla_ppo(steps: str) -> None:
         return (optax.apply_updates(params, updates), opt_state), None
 
     def iterate(state, _):
-        params, opt_state, obs, age, key = state
-        (_, last_obs, age, key), rollout = jax.lax.scan(
-            step_env, (params, obs, age, key), None, num_steps
-        )
+        opt_state, acting = state
+        (params, last_obs, age, key), rollout = jax.lax.scan(step_env, acting, None, num_steps)
         obs, action, log_prob, next_obs, terminated, done = rollout
         value = critic.apply(params[1], obs)[..., 0]
         next_value = critic.apply(params[1], next_obs)[..., 0]
         delta = 1.0 + 0.99 * ~terminated * next_value - value
-        start = jnp.zeros(num_envs)
-        _, advantage = jax.lax.scan(gae_step, start, (delta, done), reverse=True)
+        zeros = jnp.zeros(num_envs)
+        _, advantage = jax.lax.scan(gae_step, zeros, (delta, done), reverse=True)
         batch = (obs, action, log_prob, advantage, advantage + value)
         key, *epoch_keys = jax.random.split(key, 5)
         order = jnp.stack([jax.random.permutation(k, batch_size) for k in epoch_keys])
         rows = order.reshape(16, batch_size // 4)
         batch = [x.reshape(batch_size, *x.shape[2:])[rows] for x in batch]
         (params, opt_state), _ = jax.lax.scan(minibatch_step, (params, opt_state), batch)
-        return (params, opt_state, last_obs, age, key), None
+        return (opt_state, (params, last_obs, age, key)), None
 
     key = jax.random.key(1)
     obs = jax.vmap(env.initial)(jax.random.split(key, num_envs))
     params = (actor.init(key, obs), critic.init(key, obs))
-    state = (params, optimizer.init(params), obs, jnp.zeros(num_envs, int), key)
+    state = (optimizer.init(params), (params, obs, jnp.zeros(num_envs, int), key))
     train = jax.jit(lambda state: jax.lax.scan(iterate, state, None, num_updates))
     compiled = train.lower(state).compile()
     print_speed(lambda _: jax.block_until_ready(compiled(state)), steps)
@@ -237,15 +209,13 @@ class Watch:
     LASTING steps, and prints when that began and when the first such look was.
     """
 
-    def start(self) -> None:
-        """Training begins."""
-        self.started = time.perf_counter()
+    def __init__(self) -> None:
         self.paused = 0.0
         self.solved: dict = {}
 
-    def look(self, act, steps: int) -> None:
-        now = time.perf_counter()
-        look = {"steps": steps, "training, s": now - self.started - self.paused}
+    def look(self, act, steps: int, start: float) -> None:
+        now = time.time()
+        look = {"steps": steps, "training, s": now - start - self.paused}
         import ppo  # off the clock
 
         args = ppo.Args(env_id="CartPole-v1", total_timesteps=50_000, eval_episodes=100)
@@ -257,43 +227,38 @@ class Watch:
             if steps - since["steps"] >= LASTING:
                 print("solved", json.dumps(self.solved), flush=True)
                 os._exit(0)
-        self.paused += time.perf_counter() - now
+        self.paused += time.time() - now
 
 
 def solve_ours(path: str, *flags: str) -> None:
+    """Looks where learn saves. Its progress bar knows when training began."""
     module, args = load_script(path, ("--save-interval", "1", *flags))
     watch = Watch()
-    progress_bar = module.tqdm
 
-    def starting(**keywords):
-        watch.start()
-        return progress_bar(**keywords)
+    def save(file, agent, optimizers, global_step):
+        progress = sys._getframe(1).f_locals["progress"]
+        watch.look(agent.act, global_step, progress.start_t)
 
-    module.tqdm = starting
-    module.save = lambda _, agent, __, global_step: watch.look(agent.act, global_step)
+    module.save = save
     module.train(args)
 
 
 def solve_cleanrl(path: str, *flags: str) -> None:
-    """CleanRL writes its speed at the end of an iteration; the caller's globals hold its agent."""
-    import gymnasium as gym
+    """CleanRL writes its speed at the end of an iteration. Its globals hold agent and start."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
     watch = Watch()
-    add_scalar, reset = SummaryWriter.add_scalar, gym.vector.SyncVectorEnv.reset
-
-    def watched_reset(self, **keywords):
-        watch.start()
-        return reset(self, **keywords)
+    add_scalar = SummaryWriter.add_scalar
 
     def watched_add_scalar(self, tag, value, step):
         add_scalar(self, tag, value, step)
         if tag == "charts/SPS":
-            actor = sys._getframe(1).f_globals["agent"].actor
-            watch.look(lambda obs, greedy: actor(torch.as_tensor(obs)).argmax(-1).numpy(), step)
+            script = sys._getframe(1).f_globals
+            actor = script["agent"].actor
+            start = script["start_time"]
+            watch.look(lambda obs, greedy: actor(torch.tensor(obs)).argmax(-1).numpy(), step, start)
 
-    gym.vector.SyncVectorEnv.reset = watched_reset
     SummaryWriter.add_scalar = watched_add_scalar
     cleanrl(path, *flags)
 

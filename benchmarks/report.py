@@ -10,13 +10,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import tyro
-from common import COLORS, OTHER_COLORS, STYLE, interval, table
+from common import COLORS, OTHER_COLORS, STYLE, table
 from matplotlib.ticker import EngFormatter
+from scipy.stats import bootstrap
 
 POINTS = 50  # of a learning curve
 HEAD = """# What the programs learn
@@ -35,13 +35,9 @@ class Options:
 
 def read_metrics(run_dirs: list[Path]) -> pd.DataFrame:
     """The lines of metrics.jsonl. A resumed run has several folders: the later ones count."""
-    rows = pd.DataFrame()
-    for run_dir in run_dirs:
-        later = pd.DataFrame(map(json.loads, open(run_dir / "metrics.jsonl")))
-        if len(rows) and len(later):
-            rows = rows[rows["global_step"] < later["global_step"].iloc[0]]
-        rows = pd.concat([rows, later])
-    return rows
+    parts = [pd.read_json(run_dir / "metrics.jsonl", lines=True) for run_dir in run_dirs]
+    ends = [*(later["global_step"].iloc[0] for later in parts[1:]), np.inf]
+    return pd.concat(part[part["global_step"] < end] for part, end in zip(parts, ends))
 
 
 def curve(rows: pd.DataFrame, grid: np.ndarray) -> list[float]:
@@ -90,15 +86,21 @@ def number(value: float) -> str:
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
 
 
+def estimate(returns: list[float]) -> str:
+    """The mean, and its 95 % bootstrap interval if there are several."""
+    mean = number(np.mean(returns))
+    if len(returns) == 1:
+        return mean
+    found = bootstrap((returns,), np.mean, n_resamples=2000, method="percentile", rng=0)
+    return "{} [{}, {}]".format(mean, *map(number, found.confidence_interval))
+
+
 def tables(group: str, entries: pd.DataFrame) -> str:
     """Markdown: what each program reached in each setting, every seed's return, and the machine."""
     returns, goals = entries["returns"], entries["goal"].astype(float)
     rows = entries[["setting", "program"]].copy()
     rows["seeds"] = returns.str.len().map(str)
-    rows["mean"] = [
-        "{} [{}, {}]".format(*map(number, interval(x))) if len(x) > 1 else number(x[0])
-        for x in returns
-    ]
+    rows["mean"] = returns.map(estimate)
     rows["lowest"] = returns.map(min).map(number)
     rows["goal"] = ["" if np.isnan(goal) else number(goal) for goal in goals]
     met = [sum(x >= goal for x in seeds) for seeds, goal in zip(returns, goals)]
@@ -114,44 +116,36 @@ def tables(group: str, entries: pd.DataFrame) -> str:
     return "\n\n".join([f"## {group}", table(rows), "\n".join(lines), "\n".join(places)])
 
 
-def palette(programs: list[str]) -> dict[str, str]:
-    """A script's own colour, which "eps=0.2" shares with ppo, or the next of the others."""
-    own = COLORS | {"eps=0.2": COLORS["ppo"]}
-    others = [program for program in programs if program not in own]
-    return own | dict(zip(others, OTHER_COLORS))
-
-
 def draw(frame: pd.DataFrame, file: Path) -> None:
     """Learning curves with a panel for each setting; in a sweep, returns over its settings."""
-    frame = frame.copy()
     x = frame["x"].iloc[0]
     sweep = pd.notna(x)
     if sweep:
         y = "greedy return"
-        frame["panel"] = ""
+        frame = frame.assign(panel="")
         points = frame.rename(columns={"setting": x, "returns": y}).explode(y, ignore_index=True)
     else:
         x, y = "environment steps", "return of episodes"
         # Trainings of about the same length share a panel
         alike = frame.groupby(["setting", np.log2(frame["steps"]).round()])
         length = alike["steps"].transform("first").map(lambda steps: float(f"{steps:.1g}"))
-        frame["panel"] = frame["setting"] + length.map(", {:,.0f} steps".format)
+        frame = frame.assign(panel=frame["setting"] + length.map(", {:,.0f} steps".format))
         points = frame.rename(columns={"grid": x, "curves": y}).explode(y)
         points = points[points[y].str.len() > 0].explode([x, y], ignore_index=True)
-    points = points.infer_objects()
     panels = points["panel"].nunique()
+    own = COLORS | {"eps=0.2": COLORS["ppo"]}
+    others = [program for program in points["program"].unique() if program not in own]
     grid = sns.relplot(
-        points,
+        points.infer_objects(),
         x=x,
         y=y,
         hue="program",
-        palette=palette(list(points["program"].unique())),
+        palette=own | dict(zip(others, OTHER_COLORS)),
         col="panel",
         col_wrap=min(3, panels),
         kind="line",
         linewidth=2,
         marker="o" if sweep else None,
-        errorbar=("ci", 95),
         n_boot=500,
         seed=0,
         height=5 if panels == 1 else 3.8,
@@ -169,7 +163,6 @@ def draw(frame: pd.DataFrame, file: Path) -> None:
     title = f"mean and 95 % interval of {seeds} seeds; dotted: goal"
     sns.move_legend(grid, "lower center", bbox_to_anchor=(0.5, 1), ncols=6, title=title)
     grid.savefig(file)
-    plt.close(grid.figure)
 
 
 def main(options: Options) -> None:
@@ -188,7 +181,7 @@ def main(options: Options) -> None:
     frame = pd.DataFrame(results.values())
     frame[["group", "setting", "program"]] = [name.split("/") for name in results]
     texts = [HEAD.strip()]
-    sns.set_theme(style="whitegrid", rc=STYLE | {"figure.constrained_layout.use": False})
+    sns.set_theme(style="whitegrid", rc=STYLE)
     for group, entries in frame.groupby("group", sort=False):
         texts.append(tables(group, entries))
         draw(entries, target / f"learning_{group}.png")

@@ -35,8 +35,7 @@ class Args(ppo.Args):
 def train(args: Args) -> float:
     """Trains in a new folder of runs/. Returns the mean return over greedy episodes."""
     torch.set_num_threads(1)
-    run_name = f"{args.env_id}__{args.algorithm}__{args.seed}__{time.time_ns()}"
-    run_dir = Path("runs", run_name.replace("/", "-"))
+    run_dir = Path("runs", f"{args.algorithm}__{args.seed}__{time.time_ns()}")
     run_dir.mkdir(parents=True)
     env = gym.make(args.env_id)
     if len(env.observation_space.shape or ()) != 1:

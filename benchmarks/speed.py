@@ -4,9 +4,7 @@
     python -m uv run --extra peers benchmarks/speed.py solve --cleanrl PATH/TO/cleanrl/ppo.py
     python -m uv run --extra bench benchmarks/speed.py share
 
-Each round runs every program once, one after the other, in a process of its own with one thread. A
-ratio is the median over rounds of two programs' numbers in the same round. Results go to
-benchmarks/results/speed_NAME.md.
+Writes benchmarks/results/speed_NAME.md; benchmarks/README.md says how to read it.
 """
 
 import contextlib
@@ -23,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,8 +36,6 @@ PPO = f"""{SAME} --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epoch
     --max-grad-norm 0.5 --anneal-lr""".split()
 TRPO = f"""{SAME} --num-envs 4 --num-steps 128 --gae-lambda 0.95 --cg-iterations 15 --vf-epochs 10
     --vf-learning-rate 1e-3 --no-anneal-lr --target-kl 0.01 --cg-damping 0.1 --ent-coef 0""".split()
-VPG = f"""{SAME} --num-envs 8 --num-steps 128 --gae-lambda 0.97 --vf-epochs 10 --no-anneal-lr
-    --learning-rate 5e-3 --vf-learning-rate 2e-2 --ent-coef 0""".split()
 PACKAGES = ("stable-baselines3", "sb3-contrib", "rlox", "torchrl", "jax")
 
 
@@ -67,17 +62,13 @@ def run(arguments: list) -> tuple[str, dict[str, float]]:
     return output, {"process, s": seconds, "CPU, s": cpu, "memory, MiB": usage.ru_maxrss / unit}
 
 
-def median(form: str) -> Callable[[pd.Series], str]:
-    return lambda values: f"{values.median():{form}}"
-
-
-def spread(form: str) -> Callable[[pd.Series], str]:
-    return lambda values: f"{values.median():{form}} [{values.min():{form}}, {values.max():{form}}]"
-
-
-def summary(results: list[dict], columns: dict[str, Callable]) -> str:
-    """A table with a row for each program, in the order of their first runs."""
-    return table(pd.DataFrame(results).groupby("program", sort=False).agg(columns).reset_index())
+def summary(results: list[dict], columns: dict[str, str]) -> str:
+    """A row for each program: columns with their formats of median, lowest and highest."""
+    rows = []
+    for program, runs in pd.DataFrame(results).groupby("program", sort=False):
+        found = runs[[*columns]].agg(["median", "min", "max"])
+        rows.append([program, *(form.format(*found[name]) for name, form in columns.items())])
+    return table(pd.DataFrame(rows, columns=["program", *columns]))
 
 
 def write(name: str, text: str, facts: str) -> None:
@@ -107,21 +98,18 @@ def train(
         rounds: runs of each program.
         total_timesteps: steps of each run: whole rollouts of all programs.
     """
-    count = str(total_timesteps)
-    steps = ["--total-timesteps", count]
+    steps = ["--total-timesteps", total_timesteps]
     programs = {  # each is compared with the last name in bold before it
         "**ppo.py**": ["ours", ROOT / "ppo.py", *PPO, *steps],
         "ppo.py, first edition": first and ["ours", first.resolve(), *PPO, *steps],
         "CleanRL PPO": cleanrl
         and ["cleanrl", cleanrl.resolve(), "--no-cuda", "--no-clip-vloss", *steps],
-        "Stable-Baselines3 PPO": ["sb3_ppo", count],
-        "rlox PPO": ["rlox_ppo", count],
-        "TorchRL PPO": ["torchrl_ppo", count],
-        "PPO fused by XLA": ["xla_ppo", count],
+        "Stable-Baselines3 PPO": ["sb3_ppo", total_timesteps],
+        "rlox PPO": ["rlox_ppo", total_timesteps],
+        "TorchRL PPO": ["torchrl_ppo", total_timesteps],
+        "PPO fused by XLA": ["xla_ppo", total_timesteps],
         "**trpo.py**": ["ours", ROOT / "trpo.py", *TRPO, *steps],
-        "sb3-contrib TRPO": ["sb3_trpo", count],
-        "**vpg.py**": ["ours", ROOT / "vpg.py", *VPG, *steps],
-        "rlox VPG": ["rlox_vpg", count],
+        "sb3-contrib TRPO": ["sb3_trpo", total_timesteps],
     }
     facts = machine(cleanrl)
     results = []
@@ -130,8 +118,9 @@ def train(
             if not arguments:
                 continue
             output, result = run(arguments)
-            # CleanRL prints its speed so far after each iteration, the others once.
-            result["steps/s"] = float(re.findall(r"SPS: ([\d.]+)", output)[-1])
+            # CleanRL and the progress bar print the speed so far, too: the last one counts.
+            speeds = re.findall(r"(?<=SPS: )\d+|[\d.]+(?= steps/s)", output)
+            result["steps/s"] = float(speeds[-1])
             if name.startswith("**"):
                 base = result
             result["ours / this"] = base["steps/s"] / result["steps/s"]
@@ -140,12 +129,12 @@ def train(
             print(f"round {number}: {results[-1]}", flush=True)
 
     columns = {
-        "steps/s": spread(",.0f"),
-        "ours / this": median(".2f"),
-        "process, s": median(".1f"),
-        "this / ours": median(".2f"),
-        "CPU, s": median(",.0f"),
-        "memory, MiB": median(",.0f"),
+        "steps/s": "{:,.0f} [{:,.0f}, {:,.0f}]",
+        "ours / this": "{:.2f}",
+        "process, s": "{:.1f}",
+        "this / ours": "{:.2f}",
+        "CPU, s": "{:,.0f}",
+        "memory, MiB": "{:,.0f}",
     }
     text = f"""# Training speed and memory
 
@@ -168,7 +157,7 @@ def solve(cleanrl: Path | None = None, seeds: int = 10) -> None:
     if cleanrl:
         commands["CleanRL ppo.py"] = ["solve_cleanrl", cleanrl.resolve(), "--no-cuda"]
     facts = machine(cleanrl)
-    columns = {"steps": spread(",.0f"), "training, s": spread(".2f")}
+    columns = {"steps": "{:,.0f} [{:,.0f}, {:,.0f}]", "training, s": "{:.2f} [{:.2f}, {:.2f}]"}
     never = dict.fromkeys(columns, math.inf)
     results = []
     for seed in range(1, seeds + 1):

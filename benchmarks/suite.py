@@ -10,7 +10,6 @@ Ray uses this machine alone unless --address or RAY_ADDRESS names a cluster. The
 project must be at the same path on each machine, with its packages in the Python of `ray start`.
 """
 
-import contextlib
 import fnmatch
 import importlib
 import json
@@ -18,6 +17,7 @@ import os
 import shlex
 import sys
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class Options:
     seeds: int | None = None  # runs of each, instead of the group's number
     folder: Path = Path("suite")  # where runs live
     workers: int | None = None  # runs at a time on this machine; by default one a core
-    address: str | None = None  # of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT
+    address: str = os.environ.get("RAY_ADDRESS") or "local"  # of Ray: auto, HOST:PORT, ray://...
     gpus: float = 0  # GPUs that a run takes; 0.25 puts four runs on one
     track: bool = False  # log to Weights & Biases, in a group named like FOLDER
 
@@ -78,12 +78,8 @@ def check_commands(runs: list[Run], options: Options) -> None:
     """Notes each run's command in its folder. Raises where another command ran before."""
     for run in runs:
         file = run.folder(options) / "command.json"
-        if file.exists():
-            before = json.loads(file.read_text())["command"]
-            if before != run.command:
-                raise SystemExit(
-                    f"{file.parent} is of `{before}`, not of `{run.command}`: take another --folder"
-                )
+        if file.exists() and json.loads(file.read_text())["command"] != run.command:
+            raise SystemExit(f"{file} is not of `{run.command}`: take another --folder")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(vars(run)) + "\n")
 
@@ -98,21 +94,20 @@ def execute(run: Run, folder: Path, track: bool) -> str:
     if track and not script.startswith("benchmarks/"):  # peers are not tracked
         flags += ["--track"]
     record = vars(run) | {"about": about()}  # now: the code may change while it runs
-    before = set() if run.resume else set(folder.glob("runs/*"))
+    before = set() if run.resume else set(folder.glob("runs/*/metrics.jsonl"))
     os.chdir(folder)
     os.environ["WANDB_PROGRAM"] = str(ROOT / script)  # the code that W&B saves
     sys.path.insert(0, str((ROOT / script).parent))
-    with open("log.txt", "a") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            print("$", script, shlex.join(flags), flush=True)
-            try:
-                module = importlib.import_module(Path(script).stem)
-                record["return"] = module.train(tyro.cli(module.Args, args=flags))
-            except (Exception, SystemExit) as error:  # SystemExit: tyro's, for a wrong flag
-                traceback.print_exc()
-                return f"{type(error).__name__}: {error}"
-    parts = set(folder.glob("runs/*")) - before
-    record["parts"] = sorted(part.name for part in parts)  # several if it was resumed
+    with open("log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        print("$", script, shlex.join(flags), flush=True)
+        try:
+            module = importlib.import_module(Path(script).stem)
+            record["return"] = module.train(tyro.cli(module.Args, args=flags))
+        except (Exception, SystemExit) as error:  # SystemExit: tyro's, for a wrong flag
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}"
+    parts = set(folder.glob("runs/*/metrics.jsonl")) - before
+    record["parts"] = sorted(part.parent.name for part in parts)  # several if it was resumed
     Path("result.tmp").write_text(json.dumps(record) + "\n")
     Path("result.tmp").rename("result.json")
     return ""
@@ -127,14 +122,13 @@ def connect(options: Options):
 
     wandb = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     wandb.setdefault("WANDB_RUN_GROUP", options.folder.resolve().name)
-    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
-    local = {"num_cpus": options.workers, "include_dashboard": False}
     ray.init(
-        address,
+        options.address,
+        num_cpus=options.workers,
+        include_dashboard=False,
         log_to_driver=False,
         logging_level="warning",
         runtime_env={"env_vars": {**wandb, "TQDM_MININTERVAL": "60"}},
-        **(local if address == "local" else {}),
     )
     return ray
 
