@@ -1,10 +1,12 @@
-"""Each update as its paper writes it: NumPy, float64, no autograd, nothing from the scripts.
+"""Each update as its paper writes it: NumPy, SciPy, float64, no autograd, nothing from the scripts.
 
 parameters: a dict of arrays, named "actor.0.weight", "critic.4.bias" and so on.
 M is the number of steps, D that of observed features, K that of a network's outputs.
 """
 
 import numpy as np
+from scipy.sparse.linalg import cg
+from scipy.special import entr, log_softmax, rel_entr, softmax
 
 
 def network(parameters, name, x):
@@ -21,26 +23,20 @@ def policy(parameters, obs):
     return network(parameters, "actor", obs), parameters.get("actor.log_std")
 
 
-def log_softmax(logits):
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
 def log_prob(parameters, batch):
     """log pi(a|s), (M,), of actions (M,) or (M, K)."""
     outputs, log_std = policy(parameters, batch.obs)
     if log_std is None:
-        return log_softmax(outputs)[np.arange(len(outputs)), batch.actions]
-    variance = np.exp(2 * log_std)
-    density = np.exp(-((batch.actions - outputs) ** 2) / (2 * variance))
-    return np.log(density / np.sqrt(2 * np.pi * variance)).sum(-1)
+        return log_softmax(outputs, -1)[np.arange(len(outputs)), batch.actions]
+    z = (batch.actions - outputs) / np.exp(log_std)
+    return -(z**2 / 2 + np.log(2 * np.pi) / 2 + log_std).sum(-1)
 
 
 def entropy(parameters, batch):
     """E[-log pi(a|s)], with the mean over actions exact."""
     outputs, log_std = policy(parameters, batch.obs)
     if log_std is None:
-        logs = log_softmax(outputs)
-        return -(np.exp(logs) * logs).sum(-1).mean()
+        return entr(softmax(outputs, -1)).sum(-1).mean()
     return 0.5 * np.log(2 * np.pi * np.e * np.exp(log_std) ** 2).sum()
 
 
@@ -49,8 +45,7 @@ def kl(old_parameters, parameters, batch):
     old, old_log_std = policy(old_parameters, batch.obs)
     new, new_log_std = policy(parameters, batch.obs)
     if old_log_std is None:
-        old_logs, new_logs = log_softmax(old), log_softmax(new)
-        return (np.exp(old_logs) * (old_logs - new_logs)).sum(-1).mean()
+        return rel_entr(softmax(old, -1), softmax(new, -1)).sum(-1).mean()
     old_var, new_var = np.exp(2 * old_log_std), np.exp(2 * new_log_std)
     moved = (old_var + (old - new) ** 2) / new_var
     return 0.5 * (moved - 1 + np.log(new_var / old_var)).sum(-1).mean()
@@ -60,19 +55,16 @@ def standardize(x):
     return (x - x.mean()) / (np.std(x, ddof=1) + 0.1)
 
 
-def discounted_returns(rewards, gamma):
-    """R_t of one episode, (T,): the sum of what follows, gamma times smaller each step."""
-    steps = range(len(rewards))
-    return np.array([sum(gamma ** (k - t) * rewards[k] for k in steps[t:]) for t in steps])
-
-
-def gae(rewards, values, terminated, gamma, gae_lambda):
-    """Advantages (T,) of what one rollout holds of one episode. values: (T + 1,)."""
-    successors = values[1:].copy()
-    if terminated:
-        successors[-1] = 0
-    deltas = np.asarray(rewards) + gamma * successors - values[:-1]
-    return discounted_returns(deltas, gamma * gae_lambda)
+def gae(rewards, values, terminations, truncations, gamma, gae_lambda):
+    """Eq. 16 of the paper of GAE, (T, N): sums of TD errors, each up to its episode's end."""
+    errors = rewards + gamma * np.where(terminations, 0, values[1:]) - values[:-1]
+    advantages = np.zeros_like(errors)
+    for t, n in np.ndindex(errors.shape):
+        for k in range(t, len(errors)):
+            advantages[t, n] += (gamma * gae_lambda) ** (k - t) * errors[k, n]
+            if terminations[k, n] or truncations[k, n]:
+                break
+    return advantages
 
 
 def scale_observations(obs, seen):
@@ -122,11 +114,6 @@ def ppo_loss(parameters, batch, old_parameters, eps, vf_coef, ent_coef):
     return loss + vf_coef * value_loss(parameters, batch) - ent_coef * entropy(parameters, batch)
 
 
-def approx_kl(r):
-    """Schulman's estimator of KL(pi_old, pi) from ratios (M,)."""
-    return np.mean((r - 1) - np.log(r))
-
-
 def explained_variance(batch):
     """1 - Var(R - V) / Var(R), where R - V is the advantage."""
     return 1 - np.var(batch.advantages) / np.var(batch.returns)
@@ -152,22 +139,22 @@ def derivative(function, parameters, *rest):
 
 
 class Adam:
-    """Kingma and Ba (2015), algorithm 1, on clipped gradients, which it keeps."""
+    """Kingma and Ba (2015), algorithm 1, on clipped gradients, of which it keeps the last."""
 
     def __init__(self, learning_rate, max_grad_norm):
         self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
         self.m = self.v = 0.0
-        self.gradients = []
+        self.t = 0
 
     def minimize(self, loss, parameters, *rest):
         """The parameters after one step down loss(parameters, *rest)."""
         gradient = derivative(loss, parameters, *rest)
         gradient *= min(1, self.max_grad_norm / np.linalg.norm(gradient))
-        self.gradients.append(gradient)
-        t = len(self.gradients)
+        self.gradient = gradient
+        self.t += 1
         self.m = 0.9 * self.m + 0.1 * gradient
         self.v = 0.999 * self.v + 0.001 * gradient**2
-        m_hat, v_hat = self.m / (1 - 0.9**t), self.v / (1 - 0.999**t)
+        m_hat, v_hat = self.m / (1 - 0.9**self.t), self.v / (1 - 0.999**self.t)
         step = self.learning_rate * m_hat / (np.sqrt(v_hat) + 1e-5)
         return unflatten(flatten(parameters) - step, parameters)
 
@@ -176,30 +163,14 @@ def fisher(parameters, obs):
     """E[score score^T], (P, P), with the mean over actions exact."""
     outputs, log_std = policy(parameters, obs)
     if log_std is None:
-        scores = derivative(lambda p: log_softmax(policy(p, obs)[0]), parameters)  # (M, K, P)
-        probs = np.exp(log_softmax(outputs))
-        return np.einsum("mk, mkp, mkq -> pq", probs, scores, scores) / len(obs)
-    means = derivative(lambda p: policy(p, obs)[0], parameters)  # (M, K, P)
+        scores = derivative(lambda p: log_softmax(policy(p, obs)[0], -1), parameters)  # (M, K, P)
+        return np.einsum("mk, mkp, mkq -> pq", softmax(outputs, -1), scores, scores) / len(obs)
+    means = derivative(lambda p: policy(p, obs)[0] / np.exp(log_std), parameters)  # (M, K, P)
     deviations = derivative(lambda p: p["actor.log_std"], parameters)  # (K, P)
-    precision = np.exp(-2 * log_std)
-    matrix = np.einsum("k, mkp, mkq -> pq", precision, means, means) / len(obs)
-    return matrix + 2 * deviations.T @ deviations
-
-
-def conjugate_gradient(matrix, b, iterations):
-    """Hestenes and Stiefel (1952). Each direction is conjugate to all before it."""
-    x, directions = np.zeros_like(b), []
-    for _ in range(min(iterations, len(b))):
-        residual = b - matrix @ x
-        direction = residual.copy()
-        for d in directions:
-            direction -= (d @ matrix @ residual) / (d @ matrix @ d) * d
-        x = x + (direction @ residual) / (direction @ matrix @ direction) * direction
-        directions.append(direction)
-    return x
+    return np.einsum("mkp, mkq -> pq", means, means) / len(obs) + 2 * deviations.T @ deviations
 
 
 def trust_region_step(gradient, matrix, target_kl, iterations):
     """The step s along the natural gradient with s F s / 2 = target_kl, (P,)."""
-    direction = conjugate_gradient(matrix, gradient, iterations)
+    direction, _ = cg(matrix, gradient, rtol=0, atol=1e-12, maxiter=iterations)
     return direction * np.sqrt(target_kl / (0.5 * direction @ matrix @ direction))
