@@ -39,12 +39,12 @@ class Args:
     normalize_rewards: bool = True  # scale so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
+    num_steps: int = 128  # steps of each environment in a rollout
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
     ent_coef: float = 0.04  # weight of the entropy bonus
-    num_steps: int = 128  # steps of each environment in a rollout
     learning_rate: float = 2.5e-3  # Adam's learning rate
     update_epochs: int = 6  # epochs over each rollout
     num_minibatches: int = 8  # minibatches in an epoch

@@ -40,12 +40,12 @@ class Args:
     normalize_rewards: bool = True  # scale so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
+    num_steps: int = 128  # steps of each environment in a rollout
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
     ent_coef: float = 0.04  # weight of the entropy bonus
-    num_steps: int = 128  # steps of each environment in a rollout
     target_kl: float = 0.01  # bound on the KL divergence from the old policy
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix

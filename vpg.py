@@ -39,14 +39,14 @@ class Args:
     normalize_rewards: bool = True  # scale so that returns have deviation 1
 
     total_timesteps: int = 50_000  # steps of all environments together
+    num_steps: int = 128  # steps of each environment in a rollout
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.97  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
     ent_coef: float = 0.04  # weight of the entropy bonus
-    num_steps: int = 16  # steps of each environment in a rollout
-    learning_rate: float = 3.5e-3  # learning rate of the policy
-    vf_learning_rate: float = 1e-2  # learning rate of the value function
+    learning_rate: float = 5e-3  # learning rate of the policy
+    vf_learning_rate: float = 2e-2  # learning rate of the value function
     vf_epochs: int = 10  # gradient steps of the value function on each rollout
 
 

@@ -57,7 +57,7 @@ def take_policies(targets: list[int]) -> list[vpg.Agent]:
         patch.object(vpg, "estimate_advantages", watch),
     ):
         raw = {"normalize_observations": False, "normalize_rewards": False}
-        vpg.train(vpg.Args(num_steps=128, eval_episodes=1, **raw))
+        vpg.train(vpg.Args(eval_episodes=1, **raw))
     if len(found) < len(targets):
         raise RuntimeError(f"vpg.py never returned {targets[len(found)]} in a rollout")
     return found
