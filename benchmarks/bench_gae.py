@@ -7,6 +7,7 @@ pytest-benchmark compare gae.json --group-by group --columns median,rounds --nam
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,7 @@ def torch_rows(*case):
     return lambda: rows(torch, *tensors)
 
 
-def loops(rewards, values, terminations, truncations, gamma, decay):
-    advantages, returns = np.empty_like(rewards), np.empty_like(rewards)
+def loops(rewards, values, terminations, truncations, gamma, decay, advantages, returns):
     advantage = np.zeros_like(rewards[0])
     for t in range(rewards.shape[0] - 1, -1, -1):
         for n in range(rewards.shape[1]):
@@ -51,7 +51,8 @@ def loops(rewards, values, terminations, truncations, gamma, decay):
 def numba(*case):
     compiled = pytest.importorskip("numba").njit(loops)
     discounts = [case[0].dtype.type(x) for x in (GAMMA, GAMMA * GAE_LAMBDA)]
-    return lambda: compiled(*case, *discounts)
+    empty = partial(np.empty_like, case[0])
+    return lambda: compiled(*case, *discounts, empty(), empty())
 
 
 def rlox(rewards, values, terminations, truncations):
