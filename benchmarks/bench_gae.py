@@ -7,7 +7,6 @@ pytest-benchmark compare gae.json --group-by group --columns median,rounds --nam
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +50,7 @@ def loops(rewards, values, terminations, truncations, gamma, decay, advantages, 
 def numba(*case):
     compiled = pytest.importorskip("numba").njit(loops)
     discounts = [case[0].dtype.type(x) for x in (GAMMA, GAMMA * GAE_LAMBDA)]
-    empty = partial(np.empty_like, case[0])
-    return lambda: compiled(*case, *discounts, empty(), empty())
+    return lambda: compiled(*case, *discounts, np.empty_like(case[0]), np.empty_like(case[0]))
 
 
 def rlox(rewards, values, terminations, truncations):
