@@ -180,7 +180,7 @@ class Rollout(NamedTuple):
 
 
 def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: int) -> tuple:
-    """Returns a Rollout of num_steps steps, and the three arguments that continue from it.
+    """Returns a Rollout of num_steps steps, then obs, done and episode_return after it.
 
     obs (N, D) are the present observations.
     done (N,) marks the environments that the first step only resets.
