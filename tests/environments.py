@@ -91,28 +91,6 @@ class Once(Endless):
         return super().reset()
 
 
-class Match(gym.Env):
-    """One step, which pays 1 if the action is the state and -1 if not.
-
-    Two more features hardly vary: a constant and a clock of large numbers.
-    """
-
-    observation_space, action_space = Box(-np.inf, np.inf, (3,), np.float64), Discrete(2)
-    clock = 0
-
-    def observation(self):
-        self.clock += 1
-        return np.array([self.state, 7777.77, 1.7e9 + 0.02 * self.clock])
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.state = self.np_random.integers(2)
-        return self.observation(), {}
-
-    def step(self, action):
-        return self.observation(), 1.0 if action == self.state else -1.0, True, False, {}
-
-
 def vector(num_envs, **options):
     return SyncVectorEnv([Scripted] * num_envs, **options)
 
@@ -120,7 +98,7 @@ def vector(num_envs, **options):
 OBSERVATIONS = {
     "Discrete": Discrete(3),
     "Image": Box(-1, 1, (2, 2, 3)),
-    "Clock": Box(1.7e9, 1.7e9 + 100, (2,), np.float64),
+    "Clock": Box(1.7e9 + np.zeros(2), 1.7e9 + np.array([100, 1e-6]), dtype=np.float64),
     "Bytes": Box(0, 255, (4,), np.uint8),
     "Switches": MultiDiscrete([2, 3]),
     "Dict": Dict({"place": Box(-1, 1, (2, 2)), "room": Discrete(3)}),
@@ -132,7 +110,7 @@ REFUSED = {
     "Integers": Box(0, 5, (2,), np.int64),
     "Several": MultiDiscrete([2, 3]),
 }
-for kind in (Scripted, Endless, Once, Match):
+for kind in (Scripted, Endless, Once):
     gym.register(f"{kind.__name__}-v0", kind)
 gym.register("Steady-v0", Endless, max_episode_steps=20)
 gym.register("Reusing-v0", vector_entry_point=vector, kwargs={"copy": False})
@@ -164,17 +142,14 @@ def start(script, env_id, **wanted):
     run.state = obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs)
 
     def collect():
-        if script is reinforce:
-            return script.collect_rollout(agent, envs, args)
         rollout, *run.state = script.collect_rollout(agent, envs, *run.state, args.num_steps)
         return rollout
 
-    def estimate(rollout):
-        if script is reinforce:
-            return script.compute_returns(agent, rollout, args)
-        return script.estimate_advantages(agent, rollout, run.state[0], args)
-
-    run.collect, run.estimate = collect, estimate
+    run.collect = collect
+    run.estimate = lambda rollout: script.estimate_advantages(agent, rollout, run.state[0], args)
+    if script is reinforce:
+        run.collect = lambda: script.collect_rollout(agent, envs, args)
+        run.estimate = lambda rollout: script.compute_returns(agent, rollout, args)
     run.update = lambda batch: script.update(agent, optimizers, batch, args)
     return run
 

@@ -1,68 +1,70 @@
 """ppo_torchrun.py: processes with environments of their own train one agent."""
 
+import runpy
 import subprocess
 import sys
-from pathlib import Path
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-from environments import metrics
+import torch.distributed as dist
+from environments import metrics, only_run
 
-import ppo
-
-DRIVER = """
-import math, sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
 import ppo_torchrun as script
-dist.init_process_group()
-assert script.average(torch.tensor(float(dist.get_rank()))) == 0.5
-torch.set_printoptions(precision=17, threshold=10**9)
-seen, update, poison = [], script.update, False
-
-def watched(agent, optimizers, batch, args):
-    metrics = update(agent, optimizers, batch, args)
-    state = str([agent.state_dict(), optimizers[0].state_dict()])
-    kl = metrics["losses/approx_kl"]
-    seen.append((str(batch.actions), len(batch.obs), (state, kl), optimizers[0].state_dict()))
-    return metrics | ({"losses/entropy": math.nan} if poison else {})
-
-script.update = watched
-small = dict(num_envs=2, num_steps=32, eval_episodes=2, normalize_observations=True)
-script.train(script.Args(**small, total_timesteps=500, target_kl=0.002))
-both = [None, None]
-dist.all_gather_object(both, seen)
-assert all(one[2] == other[2] for one, other in zip(*both)), "the same bits in both"
-assert all(one[0] != other[0] for one, other in zip(*both)), "but other actions"
-assert seen[-1][3]["state"][0]["step"] < 24 * len(seen), "target_kl ended no epochs"
-if dist.get_rank() == 0:
-    print("steps", *[one[1] + other[1] for one, other in zip(*both)])
-poison = dist.get_rank() == 1
-try:
-    script.train(script.Args(**small, total_timesteps=500, exp_name="poisoned"))
-except FloatingPointError:
-    print("stopped")
-group = dist.group.WORLD
-dist.destroy_process_group()
-assert sys.getrefcount(group) == 2, "something else keeps the group, and its threads, at the exit"
-del group  # its threads end here, and not while Python does
-"""
 
 
-@pytest.mark.slow
-def test_processes_hold_the_same_bits_and_count_and_stop_together(tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "driver.py", str(Path(ppo.__file__).parent)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("stopped") == 2
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("steps"))
-    (run_dir,) = tmp_path.glob("runs/*__ppo_torchrun__*")
+def drive(rank, address):
+    """What each of the two processes does, with an assertion that fails in either."""
+    dist.init_process_group(None, address, timedelta(minutes=2), rank=rank, world_size=2)
+    assert script.average(torch.tensor(float(rank))) == 0.5
+    torch.set_printoptions(precision=17, threshold=10**9)
+    seen, update, poison = [], script.update, False
+
+    def watched(agent, optimizers, batch, args):
+        found = update(agent, optimizers, batch, args)
+        adam = optimizers[0].state_dict()
+        state = str([agent.state_dict(), adam, found["losses/approx_kl"]])
+        seen.append((str(batch.actions), len(batch.obs), state, adam["state"][0]["step"].item()))
+        return found | ({"losses/entropy": np.nan} if poison else {})
+
+    script.update = watched
+    small = dict(num_envs=2, num_steps=32, total_timesteps=500, eval_episodes=2)
+    script.train(script.Args(**small, normalize_observations=True, target_kl=0.002))
+    run_dir, both = only_run(), [None, None]
+    dist.all_gather_object(both, [*zip(*seen)])
+    (actions, steps, states, _), (other_actions, other_steps, other_states, _) = both
+    assert states == other_states, "the same bits in both"
+    assert all(one != other for one, other in zip(actions, other_actions)), "but other actions"
+    assert seen[-1][3] < 24 * len(seen), "target_kl ended no epochs"
     *rows, last = metrics(run_dir)
-    assert [row["global_step"] for row in rows] == [*np.cumsum([int(x) for x in line.split()[1:]])]
+    assert [row["global_step"] for row in rows] == [*np.cumsum(np.add(steps, other_steps))]
     assert last.keys() == {"global_step", "eval/episodic_return"}
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert checkpoint["global_step"] == rows[-1]["global_step"] >= 500
     assert checkpoint["agent"]["obs_stats.count"] == rows[-1]["global_step"]
+    poison = rank == 1
+    with pytest.raises(FloatingPointError):
+        script.train(script.Args(**small, exp_name="poisoned"))
+    groups = [dist.group.WORLD]
+    dist.destroy_process_group()
+    assert sys.getrefcount(groups[0]) == 2, "something keeps the group, and its threads, at exit"
+
+
+@pytest.mark.slow
+def test_processes_hold_the_same_bits_and_count_and_stop_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.multiprocessing.spawn(drive, ((tmp_path / "group").as_uri(),), nprocs=2)
     assert not [*tmp_path.glob("runs/*__poisoned__*/metrics.jsonl")]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--num-envs=2 --num-steps=32 --total-timesteps=500 --eval-episodes=2"
+    monkeypatch.setattr(sys, "argv", [script.__file__, *flags.split()])
+    with pytest.raises(SystemExit, match="start it with: torchrun --nproc-per-node 2"):
+        runpy.run_path(script.__file__, run_name="__main__")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, *sys.argv], check=True, timeout=300)
+    assert metrics(only_run())[-1].keys() == {"global_step", "eval/episodic_return"}

@@ -1,10 +1,12 @@
 """One update of each script is its paper's, to float32 rounding: metrics, gradients, parameters."""
 
+import copy
+
 import numpy as np
 import pytest
 import reference
 import torch
-from environments import LADDER, start
+from environments import start
 from scipy.sparse.linalg import cg
 from torch import nn
 
@@ -24,179 +26,175 @@ def small_mlp(num_inputs, num_outputs):
     return nn.Sequential(*hidden, nn.Linear(3, num_outputs))
 
 
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch):
-    for script in LADDER:
-        monkeypatch.setattr(script, "mlp", small_mlp)
-
-
 def recorded(script, env_id, **wanted):
-    """A run with its second batch, and that batch as the reference takes it.
+    """A run with its second batch, and that batch and the parameters as the reference takes them.
 
-    Observations are scaled by statistics of the first one.
+    Observations are scaled by statistics of the first batch. Advantages are standardized.
+    run.weights are those of the steps in the policy gradient.
     """
-    run = start(script, env_id, **SETTINGS | wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "mlp", small_mlp)
+        run = start(script, env_id, **SETTINGS, **wanted)
     seen = run.estimate(run.collect()).obs
     run.agent.obs_stats.update(seen)
     run.batch = run.estimate(run.collect())
     columns = (x.double() if x.is_floating_point() else x for x in run.batch)
     known = script.Batch(*(x.numpy() for x in columns))
-    scaled = reference.scale_observations(known.obs, seen.double().numpy())
-    return run, known._replace(obs=scaled)
+    known = known._replace(obs=reference.scale_observations(known.obs, seen.double().numpy()))
+    if script is reinforce:
+        run.expected, run.weights = {}, known.returns / 4  # the mean over episodes
+    else:
+        a = known.advantages
+        run.expected = {"losses/explained_variance": 1 - np.var(a) / np.var(known.returns)}
+        known = known._replace(advantages=(a - a.mean()) / (np.std(a, ddof=1) + 0.1))
+        run.weights = known.advantages / len(a)
+    named = run.agent.named_parameters()
+    return run, known, {name: x.detach().numpy().astype(float) for name, x in named}
 
 
-def parameters_of(module, prefix=""):
-    named = module.named_parameters()
-    return {n: p.detach().numpy().astype(float) for n, p in named if n.startswith(prefix)}
+def assert_close(actual, expected, tolerance):
+    """An error is relative to the largest entry, or to a step of Adam."""
+    scale = max(np.abs(expected).max(), 0.02)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
-def assert_close(actual, expected, tolerance=5e-5):
-    """Dicts of arrays. An error is relative to the largest entry, or to a step of Adam."""
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        scale = max(np.abs(x).max(), 0.02)
-        np.testing.assert_allclose(actual[name], x, rtol=0, atol=tolerance * scale, err_msg=name)
-
-
-def assert_gradients(run, *adams):
-    """The clipped gradients of each optimizer's last step are those of the reference."""
-    for optimizer, adam in zip(run.optimizers, adams, strict=True):
-        parts = [parameter.grad.flatten() for parameter in optimizer.param_groups[0]["params"]]
-        assert_close({"gradient": torch.cat(parts).numpy()}, {"gradient": adam.gradient}, 1e-4)
-
-
-@SPACES
-@pytest.mark.parametrize("max_grad_norm", [0.3, 1e9])
-def test_reinforce(env_id, max_grad_norm):
-    run, known = recorded(reinforce, env_id, max_grad_norm=max_grad_norm)
-    parameters = parameters_of(run.agent)
-    adam = reference.Adam(0.02, max_grad_norm)
-    for _ in range(2):
-        expected = {"losses/policy_loss": reference.reinforce_loss(parameters, known, 4)}
-        expected["losses/entropy"] = reference.entropy(parameters, known)
-        parameters = adam.minimize(reference.reinforce_loss, parameters, known, 4)
-        assert_close(run.update(run.batch), expected)
-        assert_close(parameters_of(run.agent), parameters)
-        assert_gradients(run, adam)
-
-
-def critic_and_metrics(critic, actor, batch, adam):
-    """The critic after four steps, and the metrics that VPG and TRPO share."""
-    for _ in range(4):
-        loss = reference.value_loss(critic, batch)
-        critic = adam.minimize(reference.value_loss, critic, batch)
-    return critic, {
-        "losses/policy_loss": reference.vpg_loss(actor, batch),
-        "losses/value_loss": loss,
-        "losses/entropy": reference.entropy(actor, batch),
-        "losses/explained_variance": reference.explained_variance(batch),
-    }
+def check(run, metrics, parameters, *adams, tolerance=5e-5):
+    """One update gives these metrics and parameters, and each optimizer's last clipped gradient."""
+    torch.manual_seed(7)
+    actual = run.update(run.batch)
+    assert actual.keys() == metrics.keys()
+    for name, expected in metrics.items():
+        assert_close(actual[name], expected, tolerance)
+    actual = [*run.agent.parameters()]
+    for x, expected in zip(actual, parameters.values(), strict=True):
+        assert_close(x.detach().numpy(), expected, tolerance)
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in actual]
+    actual = nn.utils.parameters_to_vector(gradients).numpy()
+    for adam in adams:  # each is 0 where another one learns
+        learns = adam.gradients[-1] != 0
+        assert_close(actual[learns], adam.gradients[-1][learns], 1e-4)
+    assert not actual[sum(adam.gradients[-1] for adam in adams) == 0].any()
 
 
 @SPACES
 @pytest.mark.parametrize("max_grad_norm", [0.05, 1e9])
-def test_vpg(env_id, max_grad_norm):
-    run, known = recorded(vpg, env_id, max_grad_norm=max_grad_norm, ent_coef=0.2)
-    actor, critic = parameters_of(run.agent, "actor"), parameters_of(run.agent, "critic")
-    adams = [reference.Adam(rate, max_grad_norm) for rate in (0.02, 0.01)]
+@pytest.mark.parametrize(
+    "script, ent_coef", [(reinforce, 0.0), (vpg, 0.2)], ids=["reinforce", "vpg"]
+)
+def test_reinforce_and_vpg(script, ent_coef, max_grad_norm, env_id):
+    options = {"max_grad_norm": max_grad_norm, "ent_coef": ent_coef}
+    run, known, parameters = recorded(script, env_id, **options)
+    adams = [reference.Adam(rate, max_grad_norm) for rate in (0.02, 0.01)[: len(run.optimizers)]]
+    objective = known, run.weights
     for _ in range(2):
-        critic, expected = critic_and_metrics(critic, actor, known, adams[1])
-        actor = adams[0].minimize(reference.vpg_loss, actor, known, 0.2)
-        assert_close(run.update(run.batch), expected)
-        assert_close(parameters_of(run.agent), actor | critic)
-        assert_gradients(run, *adams)
+        expected = run.expected | {
+            "losses/policy_loss": reference.score_loss(parameters, *objective),
+            "losses/entropy": reference.entropy(parameters, known),
+        }
+        parameters = adams[0].minimize(reference.score_loss, parameters, *objective, ent_coef)
+        for _ in range(4 if script is vpg else 0):
+            expected["losses/value_loss"] = reference.value_loss(parameters, known)
+            parameters = adams[1].minimize(reference.value_loss, parameters, known)
+        check(run, expected, parameters, *adams)
 
 
 @SPACES
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"ent_coef": 0.1}, {"vf_coef": 2.0}, {"target_kl": 1e-3, "max_grad_norm": 1e9}],
+    "options, fraction",
+    [
+        ({}, np.inf),
+        ({"ent_coef": 0.1}, np.inf),
+        ({"vf_coef": 2.0}, np.inf),
+        ({"max_grad_norm": 1e9}, 0.9),
+        ({"max_grad_norm": 1e9}, 1.1),
+    ],
     ids=str,
 )
-def test_ppo(env_id, options):
+def test_ppo(env_id, options, fraction):
+    """target_kl is a fraction of the divergence after the first epoch."""
     sizes = {"update_epochs": 3, "num_minibatches": 2}
-    run, known = recorded(ppo, env_id, clip_coef=0.03, **sizes, **options)
-    args = run.args
-    parameters = old = parameters_of(run.agent)
-    torch.manual_seed(7)
-    actual = run.update(run.batch)
-
-    expected = {"losses/explained_variance": reference.explained_variance(known)}
-    known = known._replace(advantages=reference.standardize(known.advantages))
+    run, known, parameters = recorded(ppo, env_id, clip_coef=0.03, **sizes, **options)
+    args, old, clipped_sides = run.args, parameters, set()
     adam = reference.Adam(0.02, args.max_grad_norm)
-    weights = args.vf_coef, args.ent_coef
-    clipped_sides = set()
     torch.manual_seed(7)
     for _ in range(3):
         for rows in np.array_split(torch.randperm(len(known.obs)).numpy(), 2):
-            before = parameters
-            mb = ppo.Batch(*(x[rows] for x in known))
-            parameters = adam.minimize(reference.ppo_loss, before, mb, old, 0.03, *weights)
+            before, mb = parameters, ppo.Batch(*(x[rows] for x in known))
+            objective = mb, old, args.ent_coef, 0.03, args.vf_coef
+            parameters = adam.minimize(reference.ppo_loss, before, *objective)
             r = reference.ratios(before, mb, old)
             clipped_sides |= {*np.sign(r - 1)[abs(r - 1) > 0.03]}
         approx_kl = np.mean((r - 1) - np.log(r))  # Schulman's estimator of KL(pi_old, pi)
-        if approx_kl > (args.target_kl or np.inf):
+        args.target_kl = args.target_kl or fraction * approx_kl
+        if approx_kl > args.target_kl:
             break
-    expected["losses/policy_loss"] = reference.clipped_loss(before, mb, old, 0.03)
-    expected["losses/value_loss"] = reference.value_loss(before, mb)
-    expected["losses/entropy"] = reference.entropy(before, mb)
-    expected["losses/approx_kl"] = approx_kl
-    expected["losses/clipfrac"] = np.mean(abs(r - 1) > 0.03)
-    assert_close(actual, expected)
-    assert_gradients(run, adam)
-    assert_close(parameters_of(run.agent), parameters, 1e-4)
-    assert clipped_sides == {1, -1} and actual["losses/clipfrac"] > 0
-    assert (adam.t < 6) == (args.target_kl is not None)
-
-
-@pytest.mark.parametrize("fraction, stops", [(0.9, True), (1.1, False)])
-def test_ppo_stops_once_the_kl_is_too_large(fraction, stops):
-    sizes = {"num_minibatches": 4, "update_epochs": 1}
-    run, _ = recorded(ppo, "Scripted-v0", **sizes)
-    kl = run.update(run.batch)["losses/approx_kl"]
-    sizes["update_epochs"] = 3
-    run, _ = recorded(ppo, "Scripted-v0", **sizes, target_kl=fraction * kl)
-    run.update(run.batch)
-    steps = next(iter(run.optimizers[0].state.values()))["step"]
-    assert (steps == 4) == stops
+    expected = run.expected | {
+        "losses/policy_loss": reference.surrogate_loss(before, mb, old, 0.0, 0.03),
+        "losses/value_loss": reference.value_loss(before, mb),
+        "losses/entropy": reference.entropy(before, mb),
+        "losses/approx_kl": approx_kl,
+        "losses/clipfrac": np.mean(abs(r - 1) > 0.03),
+    }
+    check(run, expected, parameters, adam)
+    assert clipped_sides == {1, -1} and expected["losses/clipfrac"] > 0
 
 
 @SPACES
 @pytest.mark.parametrize("target_kl, cg_iterations, ent_coef", [(0.01, 3, 5.0), (0.3, 8, 0.2)])
 def test_trpo(env_id, target_kl, cg_iterations, ent_coef):
     wanted = {"target_kl": target_kl, "cg_iterations": cg_iterations, "ent_coef": ent_coef}
-    run, known = recorded(trpo, env_id, **wanted)
-    old, critic = parameters_of(run.agent, "actor"), parameters_of(run.agent, "critic")
-    adam = reference.Adam(0.01, 0.5)
-
-    matrix = reference.fisher(old, known.obs)
+    run, known, parameters = recorded(trpo, env_id, **wanted)
+    old = {name: x for name, x in parameters.items() if name.startswith("actor")}
+    # The Fisher matrix is the second derivative of the KL.
+    matrix = reference.derivative(lambda p: reference.derivative(reference.kl, p, known, old), old)
     matrix += 0.1 * np.eye(len(matrix))
     objective = known, old, ent_coef
-    gradient = reference.derivative(reference.surrogate, old, *objective)
-    step = reference.trust_region_step(gradient, matrix, target_kl, cg_iterations)
+    gradient = reference.derivative(reference.surrogate_loss, old, *objective)
+    direction, _ = cg(matrix, -gradient, rtol=0, atol=1e-12, maxiter=cg_iterations)
+    step = direction * np.sqrt(target_kl / (0.5 * direction @ matrix @ direction))
+    old_loss = reference.surrogate_loss(old, *objective)
     for fraction in 0.5 ** np.arange(11):
-        actor = reference.unflatten(reference.flatten(old) + fraction * step, old)
-        gain = reference.surrogate(actor, *objective) - reference.surrogate(old, *objective)
-        kl = reference.kl(old, actor, known)
-        if gain > 0 and kl <= target_kl:
+        actor = reference.moved(old, fraction * step)
+        kl = reference.kl(actor, known, old)
+        if reference.surrogate_loss(actor, *objective) < old_loss and kl <= target_kl:
             break
-    critic, expected = critic_and_metrics(critic, old, known, adam)
-    expected |= {"losses/kl": kl, "losses/step_fraction": fraction}
-    assert_close(run.update(run.batch), expected, 1e-4)
-    assert_close(parameters_of(run.agent), actor | critic, 1e-4)
-    assert_gradients(run, adam)
+
+    parameters |= actor
+    adam = reference.Adam(0.01, 0.5)
+    expected = run.expected | {
+        "losses/policy_loss": reference.score_loss(old, known, run.weights),
+        "losses/entropy": reference.entropy(old, known),
+        "losses/kl": kl,
+        "losses/step_fraction": fraction,
+    }
+    for _ in range(4):
+        expected["losses/value_loss"] = reference.value_loss(parameters, known)
+        parameters = adam.minimize(reference.value_loss, parameters, known)
+    check(run, expected, parameters, adam, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [("conjugate_gradient", lambda x: -x), ("kl_divergence", lambda kl: kl + 1)],
+    ids=["no gain", "too far"],
+)
+def test_trpo_keeps_the_policy_if_no_step_is_accepted(name, wrong, monkeypatch):
+    run, _, _ = recorded(trpo, "Scripted-v0")
+    before, right = copy.deepcopy(run.agent.actor.state_dict()), getattr(trpo, name)
+    monkeypatch.setattr(trpo, name, lambda *args: wrong(right(*args)))
+    assert run.update(run.batch)["losses/step_fraction"] == 0
+    torch.testing.assert_close(run.agent.actor.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 6, 30])
 def test_conjugate_gradients_are_scipys(iterations):
     """As many iterations as dimensions solve the system. More change nothing."""
     rng = np.random.default_rng(0)
-    root, b = rng.standard_normal((6, 6)), rng.standard_normal(6)
-    matrix = root @ root.T + np.eye(6)
-    multiply = torch.tensor(matrix).mv
+    matrix, b = np.cov(rng.standard_normal((6, 20))), rng.standard_normal(6)
     expected, _ = cg(matrix, b, rtol=0, atol=1e-12, maxiter=iterations)
     for sign in (1, 0):
-        actual = trpo.conjugate_gradient(multiply, torch.tensor(sign * b), iterations)
+        right = torch.tensor(sign * b)
+        actual = trpo.conjugate_gradient(torch.tensor(matrix).mv, right, iterations)
         np.testing.assert_allclose(actual, sign * expected, rtol=1e-4)
 
 
@@ -207,16 +205,3 @@ def test_line_search_halves_until_accepted_and_else_restores(accepted, fraction)
     assert trpo.line_search(parameters, step, lambda: next(answers), max_backtracks=3) == fraction
     end = nn.utils.parameters_to_vector(parameters)
     assert torch.equal(end, torch.tensor([1.0, 2.0, 3.0]) + fraction * step)
-
-
-@pytest.mark.parametrize(
-    "name, wrong",
-    [("conjugate_gradient", lambda x: -x), ("kl_divergence", lambda kl: kl + 1)],
-    ids=["no gain", "too far"],
-)
-def test_trpo_keeps_the_policy_if_no_step_is_accepted(name, wrong, monkeypatch):
-    run, _ = recorded(trpo, "Scripted-v0")
-    before, right = parameters_of(run.agent, "actor"), getattr(trpo, name)
-    monkeypatch.setattr(trpo, name, lambda *args: wrong(right(*args)))
-    assert run.update(run.batch)["losses/step_fraction"] == 0
-    np.testing.assert_equal(parameters_of(run.agent, "actor"), before)
