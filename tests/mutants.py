@@ -1,6 +1,6 @@
 """Small faults in the scripts and the kernel, one at a time: which test notices each?
 
-python tests/mutants.py            # writes tests/mutants.md; takes about an hour on quiet cores
+python tests/mutants.py            # writes tests/mutants.md; takes half an hour
 python tests/mutants.py 12 40      # only these, printed
 A fault is put into every script that has its text. Tests of learning by score and of the
 scripts' text do not count.
@@ -255,7 +255,7 @@ def main():
     numbers = [int(x) for x in sys.argv[1:]] or [*range(len(MUTANTS))]
     waiting, running, rows = numbers[::-1], {}, {}
     while waiting or running:
-        if waiting and len(running) < int(os.environ.get("MUTANT_WORKERS", "2")):
+        if waiting and len(running) < int(os.environ.get("MUTANT_WORKERS", "1")):
             number, folder = waiting.pop(), Path(tempfile.mkdtemp())
             child = os.fork()
             if child == 0:
