@@ -17,7 +17,6 @@ import trpo
 import vpg
 
 LADDER = [reinforce, vpg, trpo, ppo]
-CRITICS = [vpg, trpo, ppo]
 
 
 class Scripted(gym.Env):

@@ -43,7 +43,7 @@ def test_same_name_same_text_and_arguments_in_the_same_order_and_type(one, other
     shared = (ones.keys() & others.keys()) - EXEMPT[one] - EXEMPT[other]
     assert {"make_envs", "mlp", "evaluate", "log", "save", "load"} <= shared
     assert not {name for name in shared if ones[name] != others[name]}
-    # What one algorithm needs another may leave out: `float | None` is a float.
+    # name: type. What one algorithm needs another may leave out: `float | None` is a float.
     field = r"(?m)^    (\w+): (.+?)(?: \| None)?(?: =|$)"
     ones, others = re.findall(field, ones["Args"]), re.findall(field, others["Args"])
     shared = [x for x in ones if x[0] in dict(others)]
@@ -66,16 +66,16 @@ def test_importing_only_defines(name):
 def test_a_script_is_plain(name):
     """No private API, thread, signal, process, set variable, hidden default or walrus."""
     modules = "signal|threading|subprocess|multiprocessing|os|ctypes|warnings"
-    banned = [
-        rf"^ *(import|from) .*\b({modules})\b",
-        r"^ *(global|nonlocal) ",
-        r"\._(?!_)",
-        r":=",
-        r"\blambda\b.*:",
-        r"\bgetattr\(.+,.+,",
-    ]
+    banned = {
+        "a module": rf"^ *(import|from) .*\b({modules})\b",
+        "a variable of another scope": r"^ *(global|nonlocal) ",
+        "private": r"\._(?!_)",
+        "a walrus": r":=",
+        "a lambda": r"\blambda\b.*:",
+        "a hidden default": r"\bgetattr\(.+,.+,",
+    }
     text = ast.unparse(TREES[name])
-    assert not [x for x in banned if re.search(x, text, re.MULTILINE)]
+    assert not {kind for kind, x in banned.items() if re.search(x, text, re.MULTILINE)}
 
 
 @each

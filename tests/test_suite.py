@@ -47,7 +47,10 @@ def test_patterns_seeds_goals_and_one_command_a_name_in_a_folder(tmp_path):
 
 def test_a_run_says_why_it_failed_and_a_killed_one_goes_on_or_starts_again(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROGRAM", "")  # so that it is as before after the test
-    monkeypatch.chdir(tmp_path)
+    # A worker of Ray has neither the run's folder nor its script at hand.
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if Path(x) != suite.ROOT])
+    monkeypatch.delitem(sys.modules, "vpg", raising=False)
     result = tmp_path / "result.json"
 
     def execute(flags, resume=False):
