@@ -180,6 +180,11 @@ MUTANTS = [
     (ROLLOUTS, "(2**0.5, 2**0.5, 0.01)", "(2**0.5, 1.0, 0.01)"),
     (UPDATES, "kl_divergence(old_policy, agent.policy(batch.obs))", "kl_divergence(agent.policy(batch.obs), old_policy)"),
     (UPDATES, ".advantages.std() + 0.1)", ".advantages.std() + 1e-8)"),
+    (UPDATES, "args.target_kl is not None and approx_kl > args.target_kl", "approx_kl > (args.target_kl or 0.01)"),
+    (UPDATES, ".tensor_split(args.num_minibatches)", ".tensor_split(2)"),
+    (UPDATES, "range(args.update_epochs)", "range(3)"),
+    (UPDATES, "torch.optim.Adam(agent.critic.parameters()", "torch.optim.Adam(agent.parameters()"),
+    (RUNS, "    envs.close()\n    if running", "    envs.step(agent.act(obs, greedy=True))\n    if running"),
 ]
 # fmt: on
 
