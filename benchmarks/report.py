@@ -159,7 +159,7 @@ def draw(frame: pd.DataFrame, file: Path) -> None:
         ax.margins(x=0)
         if not sweep:
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    seeds = " or ".join(map(str, sorted(frame["seeds"].str.len().unique())))
+    seeds = " or ".join(map(str, sorted(points["seeds"].str.len().unique())))
     title = f"mean and 95 % interval of {seeds} seeds; dotted: goal"
     sns.move_legend(grid, "lower center", bbox_to_anchor=(0.5, 1), ncols=6, title=title)
     grid.savefig(file)
