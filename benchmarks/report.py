@@ -160,7 +160,7 @@ def draw(frame: pd.DataFrame, file: Path) -> None:
         if not sweep:
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     seeds = " or ".join(map(str, sorted(points["seeds"].str.len().unique())))
-    title = f"mean and 95 % interval of {seeds} seeds; dotted: goal"
+    title = f"mean and 95 % interval, seeds: {seeds}; dotted: goal"
     sns.move_legend(grid, "lower center", bbox_to_anchor=(0.5, 1), ncols=6, title=title)
     grid.savefig(file)
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from environments import LADDER, REFUSED, Endless, Scripted, arguments, metrics, only_run, start
+from gymnasium.vector import VectorEnv
 
 import ppo
 import reinforce
@@ -49,13 +50,14 @@ def train(script, env_id="CartPole-v1", **wanted):
 
 
 def watch(monkeypatch, script, *names):
-    """A list that grows by each call of these functions, with copies of its arguments."""
+    """A list that grows by each call of these functions, with copies of its arguments but envs."""
     calls = []
 
     def watched(name, function, *args):
-        call = SimpleNamespace(name=name, before=copy.deepcopy(args), noise=torch.get_rng_state())
+        kept = [x for x in args if not isinstance(x, VectorEnv)]
+        call = SimpleNamespace(name=name, before=copy.deepcopy(kept), noise=torch.get_rng_state())
         call.result = function(*args)
-        call.after = copy.deepcopy(args)
+        call.after = copy.deepcopy(kept)
         calls.append(call)
         return call.result
 
