@@ -45,6 +45,7 @@ def test_patterns_seeds_goals_and_one_command_a_name_in_a_folder(tmp_path):
         suite.plan(suite.Options(only=("pong",)), [])
 
 
+@pytest.mark.slow
 def test_a_run_says_why_it_failed_and_a_killed_one_goes_on_or_starts_again(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROGRAM", "")  # so that it is as before after the test
     # A worker of Ray has neither the run's folder nor its script at hand.
@@ -76,6 +77,7 @@ def test_a_run_says_why_it_failed_and_a_killed_one_goes_on_or_starts_again(tmp_p
         result.unlink()  # as if it had been killed
 
 
+@pytest.mark.slow
 def test_the_suite_on_ray_and_its_report(tmp_path):
     pytest.importorskip("ray")
     report = pytest.importorskip("report")
