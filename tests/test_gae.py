@@ -78,11 +78,10 @@ def test_the_kernel_equals_the_reference_bit_for_bit(seed, shape, dtype, gamma, 
     check(*random_rollout(seed, shape, dtype), gamma, gae_lambda)
 
 
-LARGE = [(2048, 1), (2048,), (2048, 64), (128, 1029), (500, 2500)]
-EMPTY = [(0,), (0, 3), (3, 0), (0, 0)]
+SHAPES = [(2048, 1), (2048,), (2048, 64), (128, 1029), (500, 2500), (0,), (0, 3), (3, 0), (0, 0)]
 
 
-@pytest.mark.parametrize("shape", LARGE + EMPTY)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_large_and_empty_rollouts_too_are_equal_bit_for_bit(shape, dtype):
     check(*random_rollout(0, shape, dtype), 0.99, 0.95)

@@ -61,8 +61,7 @@ def test_processes_hold_the_same_bits_and_count_and_stop_together(tmp_path, monk
 @pytest.mark.slow
 def test_torchrun_starts_the_program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = "--num-envs=2 --num-steps=32 --total-timesteps=500 --eval-episodes=2"
-    monkeypatch.setattr(sys, "argv", [script.__file__, *flags.split()])
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--num-steps=32", "--total-timesteps=500"])
     with pytest.raises(SystemExit, match="start it with: torchrun --nproc-per-node 2"):
         runpy.run_path(script.__file__, run_name="__main__")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -10,8 +10,6 @@ from environments import ACTIONS, OBSERVATIONS, Endless, start
 import ppo
 import reinforce
 
-SCRIPTED = {"num_envs": 3, "num_steps": 7, "seed": 5, "gamma": 0.9}
-
 
 @pytest.mark.parametrize("normalize_rewards", [False, True])
 @pytest.mark.parametrize(
@@ -23,8 +21,9 @@ SCRIPTED = {"num_envs": 3, "num_steps": 7, "seed": 5, "gamma": 0.9}
 )
 def test_estimates_are_those_of_each_episode(script, option, value, tolerance, normalize_rewards):
     """A time limit is not death, nor does the scale of rewards see past it."""
-    options = {option: value, "normalize_rewards": normalize_rewards}
-    run, seen = start(script, "Scripted-v0", **SCRIPTED, **options), np.zeros(0)
+    options = {"num_envs": 3, "num_steps": 7, "seed": 5, "gamma": 0.9, option: value}
+    run = start(script, "Scripted-v0", **options, normalize_rewards=normalize_rewards)
+    seen = np.zeros(0)
     for _ in range(8):
         rollout = run.collect()
         batch, valid = run.estimate(rollout), rollout.valid

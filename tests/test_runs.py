@@ -337,19 +337,22 @@ def test_a_number_that_is_not_finite_stops_the_run(script, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", LADDER)
-def test_a_script_copied_alone_runs_there_as_here(script):
+def test_each_script_copied_alone_runs_there_as_here(tmp_path, monkeypatch):
     """Without the kernel, wandb and the repository, and as a program with flags."""
-    small = SMALL | {"total_timesteps": 1500}
-    here = train(script, **small)
-    flags = [f"--{name}={value}" for name, value in small.items() if hasattr(script.Args, name)]
-    for module in ("gae_kernel", "wandb"):
-        Path(f"{module}.py").write_text("raise ImportError")
-    command = [sys.executable, shutil.copy(script.__file__, "."), *flags]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (folder,) = {*Path("runs").iterdir()} - {here.folder}
-    assert metrics(folder) == here.rows
-    assert f"{folder}: mean return of 9 greedy episodes: {here.score:.1f}" in printed
+    small, programs = SMALL | {"total_timesteps": 1500}, []
+    for script in LADDER:
+        flags = [f"--{name}={value}" for name, value in small.items() if hasattr(script.Args, name)]
+        alone = tmp_path / script.__name__
+        for module in ("gae_kernel", "wandb"):
+            (alone / module).mkdir(parents=True)
+            (alone / module / "__init__.py").write_text("raise ImportError")
+        command = [sys.executable, shutil.copy(script.__file__, alone), *flags]
+        programs.append(subprocess.Popen(command, cwd=alone, stdout=subprocess.PIPE, text=True))
+    for here, program, script in zip([train(x, **small) for x in LADDER], programs, LADDER):
+        printed, _ = program.communicate()
+        monkeypatch.chdir(tmp_path / script.__name__)
+        assert metrics(only_run()) == here.rows
+        assert f"{only_run()}: mean return of 9 greedy episodes: {here.score:.1f}" in printed
 
 
 @pytest.mark.slow
