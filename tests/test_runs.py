@@ -278,6 +278,7 @@ def test_a_run_killed_at_the_worst_instant_resumes(at, monkeypatch):
     assert new.rows[0]["global_step"] > checkpoint["global_step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", LADDER[1:])  # those with a critic
 def test_a_time_limit_is_not_death(script):
     """Reward 1 for ever is worth 1 / (1 - gamma) = 10, though an episode lasts 20 steps."""

@@ -37,7 +37,6 @@ def test_no_account_stops_first_and_an_offline_run_holds_all_and_leaves_others_a
     done = run([sys.executable, ppo.__file__, "--track", "--total-timesteps", "2048"])
     assert done.returncode != 0 and "wandb login" in done.stderr, done.stderr
     assert not [*tmp_path.glob("runs/*/metrics.jsonl")]
-
     env |= {"WANDB_MODE": "offline", "WANDB_RUN_GROUP": "g"}
     done = run([sys.executable, "-c", CODE])
     assert done.returncode == 0, done.stderr
