@@ -45,10 +45,10 @@ class Args:
     anneal_lr: bool = True  # decrease learning rates linearly to 0
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
     ent_coef: float = 0.04  # weight of the entropy bonus
-    learning_rate: float = 2.5e-3  # Adam's learning rate
+    learning_rate: float = 1.5e-3  # Adam's learning rate
     update_epochs: int = 6  # epochs over each rollout
     num_minibatches: int = 8  # minibatches in an epoch
-    clip_coef: float = 0.2  # eps of the clipped objective
+    clip_coef: float = 0.1  # eps of the clipped objective
     vf_coef: float = 0.5  # weight of the value loss, half a squared error
     target_kl: float | None = None  # stop the epochs once the KL divergence exceeds it
 

@@ -23,7 +23,7 @@ HEAD = """# What the programs learn
 
 Written by `benchmarks/report.py` from runs of `benchmarks/suite.py`. A return is the mean over
 greedy episodes after training. Below is its mean over seeds with a 95 % bootstrap interval, and the
-lowest seed's. Met by: seeds at the goal or above. Seconds are those of training, the median.
+lowest seed's. Met by: seeds at the goal or above.
 """
 
 
@@ -44,12 +44,6 @@ def curve(rows: pd.DataFrame, grid: np.ndarray) -> list[float]:
     """Mean returns of the episodes that ended in each iteration, interpolated at steps of grid."""
     points = rows.reindex(columns=["global_step", "charts/episodic_return"]).dropna()
     return np.interp(grid, *points.to_numpy().T).round(2).tolist() if len(points) else []
-
-
-def training_seconds(rows: pd.DataFrame) -> float:
-    iterations = rows.dropna(subset="charts/SPS")
-    steps = np.diff(iterations["global_step"], prepend=0)
-    return (steps / iterations["charts/SPS"]).sum()
 
 
 def collect(folder: Path) -> dict | None:
@@ -75,7 +69,6 @@ def collect(folder: Path) -> dict | None:
         "seeds": [run["seed"] for run in runs],
         "returns": [round(run["return"], 4) for run in runs],
         "steps": int(np.median(steps)),
-        "seconds": round(float(np.median([training_seconds(rows) for rows in histories])), 1),
         "grid": grid.tolist(),
         "curves": [curve(rows, grid) for rows in histories],
     }
@@ -106,7 +99,6 @@ def tables(group: str, entries: pd.DataFrame) -> str:
     met = [sum(x >= goal for x in seeds) for seeds, goal in zip(returns, goals)]
     rows["met by"] = ["" if np.isnan(goal) else str(count) for goal, count in zip(goals, met)]
     rows["steps"] = entries["steps"].map("{:,}".format)
-    rows["seconds"] = entries["seconds"].map("{:,.1f}".format)
     lines = [
         f"- {entry.program} on {entry.setting}: `{entry.command}`, seeds from {entry.seeds[0]}: "
         + ", ".join(map(number, entry.returns))

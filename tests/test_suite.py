@@ -93,8 +93,7 @@ def test_the_suite_on_ray_and_its_report(tmp_path):
     assert "2 runs, 1 of them are finished" in second.stdout
 
     old = {"command": "of before", "returns": [1.0, 2.0, 6.0], "goal": 2, "x": None, "about": []}
-    old |= {"seeds": [1, 2, 3], "steps": 5, "seconds": 1.0}
-    old |= {"grid": [*range(5)], "curves": 3 * [[*range(5)]]}
+    old |= {"seeds": [1, 2, 3], "steps": 5, "grid": [*range(5)], "curves": 3 * [[*range(5)]]}
     (tmp_path / "learning.json").write_text(json.dumps({"mine/Other-v1/ppo": old}))
     report.main(report.Options(tmp_path / "runs", tmp_path))
     results = json.loads((tmp_path / "learning.json").read_text())
