@@ -30,7 +30,7 @@ def drive(rank, address):
 
     script.update = watched
     small = dict(num_envs=2, num_steps=32, total_timesteps=500, eval_episodes=2)
-    script.train(script.Args(**small, normalize_observations=True, target_kl=0.002))
+    script.train(script.Args(**small, learning_rate=2.5e-3, clip_coef=0.2, target_kl=0.002))
     run_dir, both = only_run(), [None, None]
     dist.all_gather_object(both, [*zip(*seen)])
     (actions, steps, states, _), (other_actions, other_steps, other_states, _) = both
