@@ -154,14 +154,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: a sample, or the most likely one if greedy."""
         policy = self.policy(obs)
-        if greedy:
-            action = policy.mode
-        elif isinstance(policy, Categorical):
-            # What policy.sample() draws, in half the time
-            noise = torch.empty_like(policy.probs).exponential_()
-            action = (policy.probs / noise).argmax(-1)
-        else:
-            action = policy.sample()
+        action = policy.mode if greedy else policy.sample()
         return action.cpu().numpy()
 
 
