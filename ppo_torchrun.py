@@ -1,8 +1,9 @@
-"""PPO on several processes, which step their own environments and average their gradients.
+"""Proximal Policy Optimization: VPG with a clipped ratio of probabilities.
 
 The clip makes it safe to learn from one rollout for several epochs of minibatches.
     maximize E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi(a|s) / pi_old(a|s)
 Paper: Schulman et al. 2017, https://arxiv.org/abs/1707.06347
+Processes step environments of their own and learn from the mean of their gradients.
 Run: torchrun --nproc-per-node 2 ppo_torchrun.py --env-id CartPole-v1
 """
 
@@ -55,21 +56,15 @@ class Args:
     target_kl: float | None = None  # stop the epochs once the KL divergence exceeds it
 
 
-class ArgumentError(ValueError):
-    """An argument that cannot work."""
-
-
 def check_args(args: Args) -> None:
-    """Raises ArgumentError for values that cannot work."""
+    """Raises ValueError for values that cannot work."""
     for name, value in vars(args).items():
         # All integers but the seed are counts.
         lowest = 1 if Args.__annotations__[name] is int and name != "seed" else 0
         if Args.__annotations__[name] in (int, float) and not value >= lowest:
-            raise ArgumentError(f"{name} = {value}: must be at least {lowest}")
+            raise ValueError(f"{name} = {value}: must be at least {lowest}")
         if name in ("gamma", "gae_lambda") and value > 1:
-            raise ArgumentError(f"{name} = {value}: must be at most 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device = cuda: PyTorch finds no GPU")
+            raise ValueError(f"{name} = {value}: must be at most 1")
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
@@ -77,7 +72,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     envs = gym.make_vec(args.env_id, num_envs)
     # Rollouts rely on a reset that comes in the step after an episode's end.
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise ArgumentError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
+        raise ValueError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
     if obs_space.shape != (flatdim(obs_space),):
         envs = gym.wrappers.vector.FlattenObservation(envs)
@@ -86,7 +81,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         return gym.wrappers.vector.ClipAction(envs)
     if isinstance(space, Discrete) and space.start == 0:
         return envs
-    raise ArgumentError(f"env_id = {args.env_id}: needs actions 0 to n - 1 or a vector of floats")
+    raise ValueError(f"env_id = {args.env_id}: needs actions 0 to n - 1 or a vector of floats")
 
 
 def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
@@ -99,12 +94,6 @@ def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
     )
 
 
-def average(x: Tensor) -> Tensor:
-    """The mean of x over all processes. x itself becomes the sum."""
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
-
-
 class RunningMeanStd(nn.Module):
     """Mean and variance of all rows seen so far, merged as in Chan et al. (1979)."""
 
@@ -115,10 +104,11 @@ class RunningMeanStd(nn.Module):
         self.count: Tensor = nn.Buffer(torch.zeros(1).double())
 
     def update(self, rows: Tensor) -> None:
-        """Adds rows (M, num_features) of all processes."""
+        """Adds rows (M, num_features)."""
         gathered: list = [None] * dist.get_world_size()  # M differs between processes
         dist.all_gather_object(gathered, rows.cpu())
-        rows = torch.cat(gathered).to(self.mean)
+        rows = torch.cat(gathered)
+        rows = rows.to(self.mean)
         self.count += len(rows)
         weight = len(rows) / self.count
         delta = rows.mean(0) - self.mean
@@ -292,12 +282,13 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
             loss.backward()
             # Replace each gradient by its mean over the processes
             gradients: list = [parameter.grad for parameter in agent.parameters()]
-            mean = average(nn.utils.parameters_to_vector(gradients))
+            mean = nn.utils.parameters_to_vector(gradients)
+            dist.all_reduce(mean, dist.ReduceOp.AVG)
             nn.utils.vector_to_parameters(mean, gradients)
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizers[0].step()
         approx_kl = (ratio - 1 - log_ratio).mean().detach()  # http://joschu.net/blog/kl-approx.html
-        approx_kl = average(approx_kl)  # so that all processes stop after the same epoch
+        dist.all_reduce(approx_kl, dist.ReduceOp.AVG)  # all stop after the same epoch
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
 
@@ -353,16 +344,13 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 
 def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores agent and optimizers from a checkpoint. Returns its global_step."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["agent_config"] != agent.config:
-            raise ValueError("other networks or another normalization")
-        agent.load_state_dict(checkpoint["agent"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        return checkpoint["global_step"]
-    except Exception as error:
-        raise ArgumentError(f"resume = {path}: not a checkpoint of such a run") from error
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["agent_config"] != agent.config:
+        raise ValueError(f"resume = {path}: other networks or another normalization")
+    agent.load_state_dict(checkpoint["agent"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return checkpoint["global_step"]
 
 
 def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
@@ -406,7 +394,8 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         agent.obs_stats.update(batch.obs)
         steps = len(batch.obs)
         # A metric that is not finite in one process makes the average so: all stop.
-        averages = average(torch.tensor([steps, *metrics.values()], device=args.device))
+        averages = torch.tensor([steps, *metrics.values()], device=args.device)
+        dist.all_reduce(averages, dist.ReduceOp.AVG)
         metrics = dict(zip(metrics, averages[1:].tolist()))
         steps = round(averages[0].item() * dist.get_world_size())
         global_step += steps
@@ -469,9 +458,5 @@ if __name__ == "__main__":
     if not dist.is_torchelastic_launched():
         raise SystemExit("start it with: torchrun --nproc-per-node 2 ppo_torchrun.py")
     dist.init_process_group()
-    try:
-        train(args)
-    except (ArgumentError, gym.error.Error, ImportError, OSError) as error:
-        raise SystemExit(str(error)) from error
-    finally:
-        dist.destroy_process_group()
+    train(args)
+    dist.destroy_process_group()

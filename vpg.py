@@ -50,21 +50,15 @@ class Args:
     vf_epochs: int = 10  # gradient steps of the value function on each rollout
 
 
-class ArgumentError(ValueError):
-    """An argument that cannot work."""
-
-
 def check_args(args: Args) -> None:
-    """Raises ArgumentError for values that cannot work."""
+    """Raises ValueError for values that cannot work."""
     for name, value in vars(args).items():
         # All integers but the seed are counts.
         lowest = 1 if Args.__annotations__[name] is int and name != "seed" else 0
         if Args.__annotations__[name] in (int, float) and not value >= lowest:
-            raise ArgumentError(f"{name} = {value}: must be at least {lowest}")
+            raise ValueError(f"{name} = {value}: must be at least {lowest}")
         if name in ("gamma", "gae_lambda") and value > 1:
-            raise ArgumentError(f"{name} = {value}: must be at most 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device = cuda: PyTorch finds no GPU")
+            raise ValueError(f"{name} = {value}: must be at most 1")
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
@@ -72,7 +66,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     envs = gym.make_vec(args.env_id, num_envs)
     # Rollouts rely on a reset that comes in the step after an episode's end.
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise ArgumentError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
+        raise ValueError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
     if obs_space.shape != (flatdim(obs_space),):
         envs = gym.wrappers.vector.FlattenObservation(envs)
@@ -81,7 +75,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         return gym.wrappers.vector.ClipAction(envs)
     if isinstance(space, Discrete) and space.start == 0:
         return envs
-    raise ArgumentError(f"env_id = {args.env_id}: needs actions 0 to n - 1 or a vector of floats")
+    raise ValueError(f"env_id = {args.env_id}: needs actions 0 to n - 1 or a vector of floats")
 
 
 def mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
@@ -331,16 +325,13 @@ def save(path: Path, agent: Agent, optimizers: list, global_step: int) -> None:
 
 def load(path: str, agent: Agent, optimizers: list) -> int:
     """Restores agent and optimizers from a checkpoint. Returns its global_step."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["agent_config"] != agent.config:
-            raise ValueError("other networks or another normalization")
-        agent.load_state_dict(checkpoint["agent"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        return checkpoint["global_step"]
-    except Exception as error:
-        raise ArgumentError(f"resume = {path}: not a checkpoint of such a run") from error
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["agent_config"] != agent.config:
+        raise ValueError(f"resume = {path}: other networks or another normalization")
+    agent.load_state_dict(checkpoint["agent"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return checkpoint["global_step"]
 
 
 def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
@@ -431,7 +422,4 @@ def train(args: Args) -> float:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    try:
-        train(args)
-    except (ArgumentError, gym.error.Error, ImportError, OSError) as error:
-        raise SystemExit(str(error)) from error
+    train(args)

@@ -17,7 +17,6 @@ import ppo_torchrun as script
 def drive(rank, address):
     """What each of the two processes does, with an assertion that fails in either."""
     dist.init_process_group(None, address, timedelta(minutes=2), rank=rank, world_size=2)
-    assert script.average(torch.tensor(float(rank))) == 0.5
     torch.set_printoptions(precision=17, threshold=10**9)
     seen, update, poison = [], script.update, False
 

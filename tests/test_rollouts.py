@@ -50,7 +50,7 @@ def test_estimates_are_those_of_each_episode(script, option, value, tolerance, n
 
 def test_episodes_that_outlast_the_training_end_reinforce():
     run, before = start(reinforce, "Endless-v0", num_envs=2, total_timesteps=50), Endless.steps
-    with pytest.raises(reinforce.ArgumentError, match="Endless-v0: a batch outlasts"):
+    with pytest.raises(ValueError, match="Endless-v0: a batch outlasts"):
         run.collect()
     assert Endless.steps - before == 50
 

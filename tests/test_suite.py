@@ -58,7 +58,7 @@ def test_a_run_says_why_it_failed_and_a_killed_one_goes_on_or_starts_again(tmp_p
         run = suite.Run("group/setting/program", f"vpg.py {SMALL} {flags}", 1, resume, 10.0, None)
         return suite.execute(run, tmp_path, False)
 
-    assert "ArgumentError: gamma" in execute("2048 --gamma 2") and not result.exists()
+    assert "ValueError: gamma" in execute("2048 --gamma 2") and not result.exists()
     assert "SystemExit" in execute("2048 --gama 1") and not result.exists()
     log = (tmp_path / "log.txt").read_text()
     assert "must be at most 1" in log and "Unrecognized options: --gama" in log
@@ -88,7 +88,7 @@ def test_the_suite_on_ray_and_its_report(tmp_path):
     command = [sys.executable, suite.__file__, *flags.split()]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert first.returncode == 1, first
-    assert "mine/CartPole-v1/bad seed 1 failed: ArgumentError: gamma" in first.stderr
+    assert "mine/CartPole-v1/bad seed 1 failed: ValueError: gamma" in first.stderr
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "2 runs, 1 of them are finished" in second.stdout
 
