@@ -1,5 +1,6 @@
 """ppo_torchrun.py: processes with environments of their own train one agent."""
 
+import copy
 import runpy
 import subprocess
 import sys
@@ -9,16 +10,25 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from environments import metrics, only_run
+from environments import metrics, only_run, start
 
+import ppo
 import ppo_torchrun as script
 
 
 def drive(rank, address):
     """What each of the two processes does, with an assertion that fails in either."""
     dist.init_process_group(None, address, timedelta(minutes=2), rank=rank, world_size=2)
+    seen, both, update, poison = [], [None, None], script.update, False
+    run = start(script, "CartPole-v1", update_epochs=1, num_minibatches=1, max_grad_norm=1e9)
+    torch.manual_seed(rank)
+    batch, alone = run.estimate(run.collect()), copy.deepcopy(run.agent)
+    ppo.update(alone, ppo.make_optimizers(alone, run.args), batch, run.args)
+    run.update(batch)
+    dist.all_gather_object(both, [parameter.grad for parameter in alone.parameters()])
+    for parameter, *gradients in zip(run.agent.parameters(), *both):
+        torch.testing.assert_close(parameter.grad, sum(gradients) / 2)
     torch.set_printoptions(precision=17, threshold=10**9)
-    seen, update, poison = [], script.update, False
 
     def watched(agent, optimizers, batch, args):
         found = update(agent, optimizers, batch, args)
@@ -30,18 +40,16 @@ def drive(rank, address):
     script.update = watched
     small = dict(num_envs=2, num_steps=32, total_timesteps=500, eval_episodes=2)
     script.train(script.Args(**small, learning_rate=2.5e-3, clip_coef=0.2, target_kl=0.002))
-    run_dir, both = only_run(), [None, None]
     dist.all_gather_object(both, [*zip(*seen)])
     (actions, steps, states, _), (other_actions, other_steps, other_states, _) = both
     assert states == other_states, "the same bits in both"
     assert all(one != other for one, other in zip(actions, other_actions)), "but other actions"
     assert seen[-1][3] < 24 * len(seen), "target_kl ended no epochs"
-    *rows, last = metrics(run_dir)
+    *rows, _ = metrics(only_run())
     assert [row["global_step"] for row in rows] == [*np.cumsum(np.add(steps, other_steps))]
-    assert last.keys() == {"global_step", "eval/episodic_return"}
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    assert checkpoint["global_step"] == rows[-1]["global_step"] >= 500
-    assert checkpoint["agent"]["obs_stats.count"] == rows[-1]["global_step"]
+    checkpoint = torch.load(only_run() / "checkpoint.pt", weights_only=True)
+    count = checkpoint["agent"]["obs_stats.count"]
+    assert count == checkpoint["global_step"] == rows[-1]["global_step"] >= 500
     poison = rank == 1
     with pytest.raises(FloatingPointError):
         script.train(script.Args(**small, exp_name="poisoned"))

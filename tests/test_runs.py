@@ -14,7 +14,6 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -315,8 +314,7 @@ def test_the_program_tells_by_name_what_cannot_work(script, message, wrong, monk
         if hasattr(script.Args, name):
             monkeypatch.setattr(sys, "argv", [script.__file__, f"--{name}={value}"])
             # Of Gymnasium and Python are the messages without the argument.
-            theirs = (gym.error.Error, ImportError, OSError)
-            with pytest.raises(ValueError if "{}" in message else theirs) as error:
+            with pytest.raises(ValueError if "{}" in message else Exception) as error:
                 runpy.run_path(script.__file__, run_name="__main__")
             assert message.format(argument) in str(error.value)
     assert not [*Path().glob("runs/*/metrics.jsonl")]
