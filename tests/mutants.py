@@ -74,8 +74,9 @@ MUTANTS = [
     # The policy and its inputs
     (UPDATES, 'get_parameter("log_std").exp()', 'get_parameter("log_std").exp() ** 2'),
     (UPDATES, "fisher_product, -gradient", "fisher_product, gradient"),
-    (ROLLOUTS, "policy.mode if greedy else policy.sample()", "policy.sample()"),
-    (ROLLOUTS, "policy.mode if greedy else policy.sample()", "policy.mode"),
+    (ROLLOUTS, "action = policy.mode", "action = policy.sample()"),
+    (ROLLOUTS, "action = policy.sample()", "action = policy.mode"),
+    (ROLLOUTS, "like(policy.probs).exponential_()", "like(policy.probs).uniform_()"),
     (ROLLOUTS, "nn.Linear(64, 64),\n        nn.Tanh()", "nn.Linear(64, 64),\n        nn.ReLU()"),
     (ROLLOUTS, "torch.full((num_actions,), -0.5)", "torch.full((num_actions,), 0.0)"),
     (ROLLOUTS, "x = x.clamp(-10, 10)", "pass"),
