@@ -1,6 +1,6 @@
 """Proximal Policy Optimization: VPG with a clipped ratio of probabilities.
 
-The clip makes it safe to learn from one rollout for several epochs of minibatches.
+The clip makes it safe to train for several epochs of minibatches on one rollout.
     maximize E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi(a|s) / pi_old(a|s)
 Paper: Schulman et al. 2017, https://arxiv.org/abs/1707.06347
 Run: python ppo.py --env-id CartPole-v1
@@ -49,14 +49,14 @@ class Args:
     update_epochs: int = 6  # epochs over each rollout
     num_minibatches: int = 8  # minibatches in an epoch
     clip_coef: float = 0.1  # eps of the clipped objective
-    vf_coef: float = 0.5  # weight of the value loss, half a squared error
+    vf_coef: float = 0.5  # weight of the value loss
     target_kl: float | None = None  # stop the epochs once the KL divergence exceeds it
 
 
 def check_args(args: Args) -> None:
-    """Raises ValueError for values that cannot work."""
+    """Raises ValueError for a number that is out of range."""
     for name, value in vars(args).items():
-        # All integers but the seed are counts.
+        # All integers but the seed are counts. "not >=" refuses nan, too.
         lowest = 1 if Args.__annotations__[name] is int and name != "seed" else 0
         if Args.__annotations__[name] in (int, float) and not value >= lowest:
             raise ValueError(f"{name} = {value}: must be at least {lowest}")
@@ -71,7 +71,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ValueError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
-    if obs_space.shape != (flatdim(obs_space),):
+    if obs_space.shape != (flatdim(obs_space),):  # not a vector yet
         envs = gym.wrappers.vector.FlattenObservation(envs)
     space: Any = envs.single_action_space
     if isinstance(space, Box) and space.dtype.kind == "f" and len(space.shape) == 1:
@@ -123,7 +123,7 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
+        self.return_stats = RunningMeanStd(1)  # scales rewards; in checkpoints
         self.actor = mlp(num_inputs, num_actions)
         self.critic = mlp(num_inputs, 1)
         if continuous:
@@ -141,7 +141,7 @@ class Agent(nn.Module):
     def policy(self, obs) -> Distribution:
         """pi(a|s) at each observation."""
         outputs = self.actor(self.inputs(obs))
-        # Not validated, because that takes almost as long as the network does.
+        # validate_args=False, because the checks take almost as long as the network.
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
             # Independent sums log_prob and entropy over the dimensions of an action.
@@ -159,7 +159,7 @@ class Agent(nn.Module):
         if greedy:
             action = policy.mode
         elif isinstance(policy, Categorical):
-            # The largest of p / Exp(1) is what policy.sample() draws, in twice the time.
+            # policy.sample() is the argmax of p / Exp(1), too, in twice the time.
             noise = torch.empty_like(policy.probs).exponential_()
             action = (policy.probs / noise).argmax(-1)
         else:
@@ -176,7 +176,7 @@ class Rollout(NamedTuple):
 
     valid: np.ndarray  # (T, N), bool: False where the step only resets
     obs: np.ndarray  # (T, N, D)
-    actions: np.ndarray  # (T, N) or (T, N, A), as sampled
+    actions: np.ndarray  # (T, N) or (T, N, A), before clipping
     rewards: np.ndarray  # (T, N)
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
@@ -186,16 +186,16 @@ class Rollout(NamedTuple):
 def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: int) -> tuple:
     """Returns a Rollout of num_steps steps, then obs, done and episode_return after it.
 
-    obs (N, D) are the present observations.
+    obs (N, D) are the current observations.
     done (N,) marks the environments that the first step only resets.
-    episode_return (N,) has the sum of each episode's rewards so far.
+    episode_return (N,) is the sum of each episode's rewards so far.
     """
     steps = []  # each a Rollout without the axis T
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
-        episode_return = (episode_return + rewards) * ~done
+        episode_return = (episode_return + rewards) * ~done  # 0 in a reset step
         step = Rollout(~done, obs, actions, rewards, terminations, truncations, episode_return)
         steps.append(step)
         obs = next_obs
@@ -216,9 +216,9 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
     advantages = np.zeros_like(rewards)
     last_gae = np.zeros_like(values[-1])
     for t in reversed(range(len(rewards))):
-        # V is 0 after a termination, not after a truncation. Both end the sum.
+        # V is 0 after a termination, but not after a truncation.
         delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
-        done = terminations[t] | truncations[t]
+        done = terminations[t] | truncations[t]  # both end the sum
         last_gae = delta + gamma * gae_lambda * last_gae * ~done
         advantages[t] = last_gae
     returns = advantages + values[:-1]
@@ -241,7 +241,7 @@ class Batch(NamedTuple):
 
 
 def estimate_advantages(agent: Agent, rollout: Rollout, last_obs, args: Args) -> Batch:
-    """Returns the valid steps, with advantages and returns. last_obs (N, D) follow the rollout."""
+    """The valid steps of a rollout as a Batch. last_obs (N, D) are the observations after it."""
     # Resets come one step late, so obs[t + 1] follows step t even at an episode's end.
     obs = np.concatenate([rollout.obs, last_obs[None]])
     values = agent.value(obs).detach().cpu().numpy()
@@ -258,15 +258,15 @@ def estimate_advantages(agent: Agent, rollout: Rollout, last_obs, args: Args) ->
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """Adam, in a list because some algorithms have one for each network."""
+    """Adam, in a list because some scripts have one for each network."""
     return [
         torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True),
     ]
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Learns from a batch. Returns metrics."""
-    # Returns are scaled to deviation 1, so advantages much below 0.1 are mostly noise.
+    """Learns from a batch. Returns metrics, those of the last gradient step."""
+    # The 0.1 keeps small advantages, which are mostly noise, from being scaled up.
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     old_log_probs = agent.policy(batch.obs).log_prob(batch.actions).detach()
     for _ in range(args.update_epochs):
@@ -300,9 +300,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of greedy episodes, cut after total_timesteps steps."""
+    """Mean return of greedy episodes, stopped after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
+    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than training's
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -318,7 +318,7 @@ def evaluate(agent: Agent, args: Args) -> float:
 
 
 def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
-    """Appends a line to metrics.jsonl, and logs to W&B."""
+    """Appends a line to metrics.jsonl, and logs to the W&B run if there is one."""
     with open(run_dir / "metrics.jsonl", "a") as file:
         print(json.dumps(metrics), file=file)
     if wandb_run:
@@ -351,7 +351,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
 def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # in the whole process: small networks need no more
+    torch.set_num_threads(1)  # in the whole process; small networks need no more
     agent = Agent(
         num_inputs=flatdim(envs.single_observation_space),
         num_actions=flatdim(envs.single_action_space),
@@ -410,7 +410,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
 
 
 def train(args: Args) -> float:
-    """Trains an agent in a new folder of runs/. Logs to W&B if args.track is set."""
+    """Makes a run folder in runs/ and calls learn. Logs to W&B if args.track is set."""
     # JSON turns NumPy scalars, which a caller may pass, into Python's numbers.
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
     args = Args(**json.loads(args_json))

@@ -47,9 +47,9 @@ class Args:
 
 
 def check_args(args: Args) -> None:
-    """Raises ValueError for values that cannot work."""
+    """Raises ValueError for a number that is out of range."""
     for name, value in vars(args).items():
-        # All integers but the seed are counts.
+        # All integers but the seed are counts. "not >=" refuses nan, too.
         lowest = 1 if Args.__annotations__[name] is int and name != "seed" else 0
         if Args.__annotations__[name] in (int, float) and not value >= lowest:
             raise ValueError(f"{name} = {value}: must be at least {lowest}")
@@ -64,7 +64,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ValueError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
-    if obs_space.shape != (flatdim(obs_space),):
+    if obs_space.shape != (flatdim(obs_space),):  # not a vector yet
         envs = gym.wrappers.vector.FlattenObservation(envs)
     space: Any = envs.single_action_space
     if isinstance(space, Box) and space.dtype.kind == "f" and len(space.shape) == 1:
@@ -116,7 +116,7 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
+        self.return_stats = RunningMeanStd(1)  # scales rewards; in checkpoints
         self.actor = mlp(num_inputs, num_actions)
         # With PyTorch's own initial weights a fifth of the seeds fail on CartPole.
         for layer, gain in zip(self.actor[::2], (2**0.5, 2**0.5, 0.01)):
@@ -137,7 +137,7 @@ class Agent(nn.Module):
     def policy(self, obs) -> Distribution:
         """pi(a|s) at each observation."""
         outputs = self.actor(self.inputs(obs))
-        # Not validated, because that takes almost as long as the network does.
+        # validate_args=False, because the checks take almost as long as the network.
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
             # Independent sums log_prob and entropy over the dimensions of an action.
@@ -151,7 +151,7 @@ class Agent(nn.Module):
         if greedy:
             action = policy.mode
         elif isinstance(policy, Categorical):
-            # The largest of p / Exp(1) is what policy.sample() draws, in twice the time.
+            # policy.sample() is the argmax of p / Exp(1), too, in twice the time.
             noise = torch.empty_like(policy.probs).exponential_()
             action = (policy.probs / noise).argmax(-1)
         else:
@@ -164,7 +164,7 @@ class Rollout(NamedTuple):
 
     valid: np.ndarray  # (T, N), bool: False after an episode's end
     obs: np.ndarray  # (T, N, D)
-    actions: np.ndarray  # (T, N) or (T, N, A), as sampled
+    actions: np.ndarray  # (T, N) or (T, N, A), before clipping
     rewards: np.ndarray  # (T, N), 0 after an episode's end
 
 
@@ -211,7 +211,7 @@ def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """Adam, in a list because some algorithms have one for each network."""
+    """Adam, in a list because some scripts have one for each network."""
     return [
         torch.optim.Adam(agent.actor.parameters(), args.learning_rate, eps=1e-5, fused=True),
     ]
@@ -234,9 +234,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of greedy episodes, cut after total_timesteps steps."""
+    """Mean return of greedy episodes, stopped after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
+    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than training's
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -252,7 +252,7 @@ def evaluate(agent: Agent, args: Args) -> float:
 
 
 def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
-    """Appends a line to metrics.jsonl, and logs to W&B."""
+    """Appends a line to metrics.jsonl, and logs to the W&B run if there is one."""
     with open(run_dir / "metrics.jsonl", "a") as file:
         print(json.dumps(metrics), file=file)
     if wandb_run:
@@ -285,7 +285,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
 def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # in the whole process: small networks need no more
+    torch.set_num_threads(1)  # in the whole process; small networks need no more
     agent = Agent(
         num_inputs=flatdim(envs.single_observation_space),
         num_actions=flatdim(envs.single_action_space),
@@ -338,7 +338,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
 
 
 def train(args: Args) -> float:
-    """Trains an agent in a new folder of runs/. Logs to W&B if args.track is set."""
+    """Makes a run folder in runs/ and calls learn. Logs to W&B if args.track is set."""
     # JSON turns NumPy scalars, which a caller may pass, into Python's numbers.
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
     args = Args(**json.loads(args_json))

@@ -1,6 +1,6 @@
 """Trust Region Policy Optimization: VPG whose steps are bounded in KL divergence.
 
-Conjugate gradients find the direction. target_kl sets its length. A line search cuts it.
+Conjugate gradients give a step's direction, target_kl its length. A line search may halve it.
     maximize E[r A]  subject to  E[KL(pi_old, pi)] <= target_kl,    r = pi(a|s) / pi_old(a|s)
 Paper: Schulman et al. 2015, https://arxiv.org/abs/1502.05477
 Run: python trpo.py --env-id CartPole-v1
@@ -55,9 +55,9 @@ class Args:
 
 
 def check_args(args: Args) -> None:
-    """Raises ValueError for values that cannot work."""
+    """Raises ValueError for a number that is out of range."""
     for name, value in vars(args).items():
-        # All integers but the seed are counts.
+        # All integers but the seed are counts. "not >=" refuses nan, too.
         lowest = 1 if Args.__annotations__[name] is int and name != "seed" else 0
         if Args.__annotations__[name] in (int, float) and not value >= lowest:
             raise ValueError(f"{name} = {value}: must be at least {lowest}")
@@ -72,7 +72,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise ValueError(f"env_id = {args.env_id}: autoreset mode is not NEXT_STEP")
     obs_space = envs.single_observation_space
-    if obs_space.shape != (flatdim(obs_space),):
+    if obs_space.shape != (flatdim(obs_space),):  # not a vector yet
         envs = gym.wrappers.vector.FlattenObservation(envs)
     space: Any = envs.single_action_space
     if isinstance(space, Box) and space.dtype.kind == "f" and len(space.shape) == 1:
@@ -124,7 +124,7 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # scales rewards, saved with the agent
+        self.return_stats = RunningMeanStd(1)  # scales rewards; in checkpoints
         self.actor = mlp(num_inputs, num_actions)
         self.critic = mlp(num_inputs, 1)
         if continuous:
@@ -142,7 +142,7 @@ class Agent(nn.Module):
     def policy(self, obs) -> Distribution:
         """pi(a|s) at each observation."""
         outputs = self.actor(self.inputs(obs))
-        # Not validated, because that takes almost as long as the network does.
+        # validate_args=False, because the checks take almost as long as the network.
         if self.continuous:
             std = self.actor.get_parameter("log_std").exp()
             # Independent sums log_prob and entropy over the dimensions of an action.
@@ -160,7 +160,7 @@ class Agent(nn.Module):
         if greedy:
             action = policy.mode
         elif isinstance(policy, Categorical):
-            # The largest of p / Exp(1) is what policy.sample() draws, in twice the time.
+            # policy.sample() is the argmax of p / Exp(1), too, in twice the time.
             noise = torch.empty_like(policy.probs).exponential_()
             action = (policy.probs / noise).argmax(-1)
         else:
@@ -177,7 +177,7 @@ class Rollout(NamedTuple):
 
     valid: np.ndarray  # (T, N), bool: False where the step only resets
     obs: np.ndarray  # (T, N, D)
-    actions: np.ndarray  # (T, N) or (T, N, A), as sampled
+    actions: np.ndarray  # (T, N) or (T, N, A), before clipping
     rewards: np.ndarray  # (T, N)
     terminations: np.ndarray  # (T, N), bool
     truncations: np.ndarray  # (T, N), bool
@@ -187,16 +187,16 @@ class Rollout(NamedTuple):
 def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: int) -> tuple:
     """Returns a Rollout of num_steps steps, then obs, done and episode_return after it.
 
-    obs (N, D) are the present observations.
+    obs (N, D) are the current observations.
     done (N,) marks the environments that the first step only resets.
-    episode_return (N,) has the sum of each episode's rewards so far.
+    episode_return (N,) is the sum of each episode's rewards so far.
     """
     steps = []  # each a Rollout without the axis T
     obs = obs.copy()  # some environments reuse the arrays that they return
     for _ in range(num_steps):
         actions = agent.act(obs)
         next_obs, rewards, terminations, truncations = [x.copy() for x in envs.step(actions)[:4]]
-        episode_return = (episode_return + rewards) * ~done
+        episode_return = (episode_return + rewards) * ~done  # 0 in a reset step
         step = Rollout(~done, obs, actions, rewards, terminations, truncations, episode_return)
         steps.append(step)
         obs = next_obs
@@ -217,9 +217,9 @@ def compute_gae_python(rewards, values, terminations, truncations, gamma, gae_la
     advantages = np.zeros_like(rewards)
     last_gae = np.zeros_like(values[-1])
     for t in reversed(range(len(rewards))):
-        # V is 0 after a termination, not after a truncation. Both end the sum.
+        # V is 0 after a termination, but not after a truncation.
         delta = rewards[t] + gamma * values[t + 1] * ~terminations[t] - values[t]
-        done = terminations[t] | truncations[t]
+        done = terminations[t] | truncations[t]  # both end the sum
         last_gae = delta + gamma * gae_lambda * last_gae * ~done
         advantages[t] = last_gae
     returns = advantages + values[:-1]
@@ -242,7 +242,7 @@ class Batch(NamedTuple):
 
 
 def estimate_advantages(agent: Agent, rollout: Rollout, last_obs, args: Args) -> Batch:
-    """Returns the valid steps, with advantages and returns. last_obs (N, D) follow the rollout."""
+    """The valid steps of a rollout as a Batch. last_obs (N, D) are the observations after it."""
     # Resets come one step late, so obs[t + 1] follows step t even at an episode's end.
     obs = np.concatenate([rollout.obs, last_obs[None]])
     values = agent.value(obs).detach().cpu().numpy()
@@ -259,7 +259,7 @@ def estimate_advantages(agent: Agent, rollout: Rollout, last_obs, args: Args) ->
 
 
 def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
-    """Adam, in a list because some algorithms have one for each network."""
+    """Adam, in a list because some scripts have one for each network."""
     return [
         torch.optim.Adam(agent.critic.parameters(), args.vf_learning_rate, eps=1e-5, fused=True),
     ]
@@ -276,7 +276,7 @@ def conjugate_gradient(multiply, b: Tensor, iterations: int) -> Tensor:
     r = b  # the residual b - A x
     p = b  # the direction of search
     for _ in range(iterations):
-        if r.dot(r) < 1e-10:  # solved: the next step would divide by almost 0
+        if r.dot(r) < 1e-10:  # solved, and r.dot(r) is a divisor below
             break
         Ap = multiply(p)
         alpha = r.dot(r) / p.dot(Ap)
@@ -289,7 +289,7 @@ def conjugate_gradient(multiply, b: Tensor, iterations: int) -> Tensor:
 
 
 def line_search(parameters: list, step: Tensor, accept, max_backtracks: int) -> float:
-    """Halves a step of the parameters until accept() agrees. Returns the fraction, or 0."""
+    """Halves a step until accept() agrees. Returns the fraction taken, or 0."""
     old_parameters = nn.utils.parameters_to_vector(parameters)
     for backtracks in range(max_backtracks + 1):
         fraction = 0.5**backtracks
@@ -301,12 +301,12 @@ def line_search(parameters: list, step: Tensor, accept, max_backtracks: int) -> 
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Learns from a batch. Returns metrics."""
-    # Returns are scaled to deviation 1, so advantages much below 0.1 are mostly noise.
+    """Learns from a batch. Returns metrics, those of the last gradient step."""
+    # The 0.1 keeps small advantages, which are mostly noise, from being scaled up.
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     value_optimizer = optimizers[0]
     policy = agent.policy(batch.obs)
-    # At the old parameters all ratios are 1. So the objective has the gradient of VPG.
+    # The ratios are still 1, so the objective has the same gradient as VPG's.
     policy_loss = -(policy.log_prob(batch.actions) * advantages).mean()
     entropy = policy.entropy().mean()
     loss = policy_loss - args.ent_coef * entropy
@@ -318,7 +318,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     kl_gradient = flat_grad(kl, parameters, create_graph=True)
 
     def fisher_product(p: Tensor) -> Tensor:
-        # The KL is at its minimum, 0. Its second derivative is the Fisher matrix F.
+        # (F + damping I) p. The Fisher matrix F is the second derivative of the KL.
         return flat_grad(kl_gradient.dot(p), parameters, retain_graph=True) + args.cg_damping * p
 
     @torch.no_grad()
@@ -355,9 +355,9 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 
 
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of greedy episodes, cut after total_timesteps steps."""
+    """Mean return of greedy episodes, stopped after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than in training
+    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than training's
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0
@@ -373,7 +373,7 @@ def evaluate(agent: Agent, args: Args) -> float:
 
 
 def log(metrics: dict[str, float], run_dir: Path, wandb_run: Any) -> None:
-    """Appends a line to metrics.jsonl, and logs to W&B."""
+    """Appends a line to metrics.jsonl, and logs to the W&B run if there is one."""
     with open(run_dir / "metrics.jsonl", "a") as file:
         print(json.dumps(metrics), file=file)
     if wandb_run:
@@ -406,7 +406,7 @@ def load(path: str, agent: Agent, optimizers: list) -> int:
 def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any = None) -> float:
     """Trains and evaluates an agent. Returns its mean return over greedy episodes."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # in the whole process: small networks need no more
+    torch.set_num_threads(1)  # in the whole process; small networks need no more
     agent = Agent(
         num_inputs=flatdim(envs.single_observation_space),
         num_actions=flatdim(envs.single_action_space),
@@ -465,7 +465,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
 
 
 def train(args: Args) -> float:
-    """Trains an agent in a new folder of runs/. Logs to W&B if args.track is set."""
+    """Makes a run folder in runs/ and calls learn. Logs to W&B if args.track is set."""
     # JSON turns NumPy scalars, which a caller may pass, into Python's numbers.
     args_json = json.dumps(vars(args), indent=1, default=np.generic.item)
     args = Args(**json.loads(args_json))

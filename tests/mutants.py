@@ -62,7 +62,7 @@ MUTANTS = [
     # The trust region
     (UPDATES, "beta = next_r.dot(next_r) / r.dot(r)", "beta = 0"),
     (UPDATES, "next_r = r - alpha * Ap", "next_r = r - Ap"),
-    (UPDATES, "        if r.dot(r) < 1e-10:  # solved: the next step would divide by almost 0\n            break\n", ""),
+    (UPDATES, "        if r.dot(r) < 1e-10:  # solved, and r.dot(r) is a divisor below\n            break\n", ""),
     (UPDATES, "torch.sqrt(2 * args.target_kl", "torch.sqrt(args.target_kl"),
     (UPDATES, "retain_graph=True) + args.cg_damping * p", "retain_graph=True)"),
     (UPDATES, "and new_kl <= args.target_kl", ""),
