@@ -41,14 +41,10 @@ def train(args: Args) -> float:
     if len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
     model = ALGORITHMS[args.algorithm]("MlpPolicy", env, seed=args.seed, device="cpu")
-    start = time.perf_counter()
     model.learn(args.total_timesteps)
-    metrics = {"global_step": model.num_timesteps}
-    speed = model.num_timesteps / (time.perf_counter() - start)
-    ppo.log(metrics | {"charts/SPS": speed}, run_dir, None)
     agent = SimpleNamespace(act=lambda obs, greedy: model.predict(obs, deterministic=greedy)[0])
     score = ppo.evaluate(agent, args)
-    ppo.log(metrics | {"eval/episodic_return": score}, run_dir, None)
+    ppo.log({"global_step": model.num_timesteps, "eval/episodic_return": score}, run_dir, None)
     return score
 
 
