@@ -123,7 +123,7 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # scales rewards; in checkpoints
+        self.return_stats = RunningMeanStd(1)  # scales rewards; here so that it is saved
         self.actor = mlp(num_inputs, num_actions)
         self.critic = mlp(num_inputs, 1)
         if continuous:
@@ -159,7 +159,7 @@ class Agent(nn.Module):
         if greedy:
             action = policy.mode
         elif isinstance(policy, Categorical):
-            # policy.sample() is the argmax of p / Exp(1), too, in twice the time.
+            # What policy.sample() draws, the argmax of p / Exp(1), in half the time
             noise = torch.empty_like(policy.probs).exponential_()
             action = (policy.probs / noise).argmax(-1)
         else:
@@ -265,8 +265,8 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Learns from a batch. Returns metrics, those of the last gradient step."""
-    # The 0.1 keeps small advantages, which are mostly noise, from being scaled up.
+    """Learns from a batch. Returns metrics, with the losses of the last gradient step."""
+    # The 0.1 bounds how much small advantages, which are mostly noise, are scaled up.
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     old_log_probs = agent.policy(batch.obs).log_prob(batch.actions).detach()
     for _ in range(args.update_epochs):

@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before the group is made, or it would keep the group alive
+import torch.distributed.nn  # imported later, by Adam, it would keep the group alive
 import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # scales rewards; in checkpoints
+        self.return_stats = RunningMeanStd(1)  # scales rewards; here so that it is saved
         self.actor = mlp(num_inputs, num_actions)
         self.critic = mlp(num_inputs, 1)
         if continuous:
@@ -165,7 +165,7 @@ class Agent(nn.Module):
         if greedy:
             action = policy.mode
         elif isinstance(policy, Categorical):
-            # policy.sample() is the argmax of p / Exp(1), too, in twice the time.
+            # What policy.sample() draws, the argmax of p / Exp(1), in half the time
             noise = torch.empty_like(policy.probs).exponential_()
             action = (policy.probs / noise).argmax(-1)
         else:
@@ -271,8 +271,8 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Learns from a batch. Returns metrics, those of the last gradient step."""
-    # The 0.1 keeps small advantages, which are mostly noise, from being scaled up.
+    """Learns from a batch. Returns metrics, with the losses of the last gradient step."""
+    # The 0.1 bounds how much small advantages, which are mostly noise, are scaled up.
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     old_log_probs = agent.policy(batch.obs).log_prob(batch.actions).detach()
     for _ in range(args.update_epochs):
@@ -400,7 +400,7 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
         # Only now, because acting and learning must see the same statistics
         agent.obs_stats.update(batch.obs)
         steps = len(batch.obs)
-        # If a metric is not finite in one process, the average is not, so all stop.
+        # If a loss is not finite in one process, the average is not, so all stop.
         averages = torch.tensor([steps, *metrics.values()], device=args.device)
         dist.all_reduce(averages, dist.ReduceOp.AVG)
         metrics = dict(zip(metrics, averages[1:].tolist()))

@@ -116,7 +116,7 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # scales rewards; in checkpoints
+        self.return_stats = RunningMeanStd(1)  # scales rewards; here so that it is saved
         self.actor = mlp(num_inputs, num_actions)
         # With PyTorch's own initial weights a fifth of the seeds fail on CartPole.
         for layer, gain in zip(self.actor[::2], (2**0.5, 2**0.5, 0.01)):
@@ -151,7 +151,7 @@ class Agent(nn.Module):
         if greedy:
             action = policy.mode
         elif isinstance(policy, Categorical):
-            # policy.sample() is the argmax of p / Exp(1), too, in twice the time.
+            # What policy.sample() draws, the argmax of p / Exp(1), in half the time
             noise = torch.empty_like(policy.probs).exponential_()
             action = (policy.probs / noise).argmax(-1)
         else:

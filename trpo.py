@@ -1,6 +1,6 @@
 """Trust Region Policy Optimization: VPG whose steps are bounded in KL divergence.
 
-Conjugate gradients give a step's direction, target_kl its length. A line search may halve it.
+Conjugate gradients give a step's direction, target_kl its length. A line search can halve it.
     maximize E[r A]  subject to  E[KL(pi_old, pi)] <= target_kl,    r = pi(a|s) / pi_old(a|s)
 Paper: Schulman et al. 2015, https://arxiv.org/abs/1502.05477
 Run: python trpo.py --env-id CartPole-v1
@@ -124,7 +124,7 @@ class Agent(nn.Module):
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
-        self.return_stats = RunningMeanStd(1)  # scales rewards; in checkpoints
+        self.return_stats = RunningMeanStd(1)  # scales rewards; here so that it is saved
         self.actor = mlp(num_inputs, num_actions)
         self.critic = mlp(num_inputs, 1)
         if continuous:
@@ -160,7 +160,7 @@ class Agent(nn.Module):
         if greedy:
             action = policy.mode
         elif isinstance(policy, Categorical):
-            # policy.sample() is the argmax of p / Exp(1), too, in twice the time.
+            # What policy.sample() draws, the argmax of p / Exp(1), in half the time
             noise = torch.empty_like(policy.probs).exponential_()
             action = (policy.probs / noise).argmax(-1)
         else:
@@ -301,8 +301,8 @@ def line_search(parameters: list, step: Tensor, accept, max_backtracks: int) -> 
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Learns from a batch. Returns metrics, those of the last gradient step."""
-    # The 0.1 keeps small advantages, which are mostly noise, from being scaled up.
+    """Learns from a batch. Returns metrics, with the losses of the last gradient step."""
+    # The 0.1 bounds how much small advantages, which are mostly noise, are scaled up.
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     value_optimizer = optimizers[0]
     policy = agent.policy(batch.obs)
@@ -315,7 +315,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     with torch.no_grad():
         old_policy = agent.policy(batch.obs)  # equal to policy, without gradients
     kl = kl_divergence(old_policy, policy).mean()
-    kl_gradient = flat_grad(kl, parameters, create_graph=True)
+    kl_gradient = flat_grad(kl, parameters, create_graph=True)  # 0, its derivative is not
 
     def fisher_product(p: Tensor) -> Tensor:
         # (F + damping I) p. The Fisher matrix F is the second derivative of the KL.
