@@ -1,6 +1,6 @@
 """Trust Region Policy Optimization: VPG whose steps are bounded in KL divergence.
 
-Conjugate gradients give a step's direction, target_kl its length. A line search can halve it.
+Conjugate gradients find the direction, target_kl the length. A line search can halve it.
     maximize E[r A]  subject to  E[KL(pi_old, pi)] <= target_kl,    r = pi(a|s) / pi_old(a|s)
 Paper: Schulman et al. 2015, https://arxiv.org/abs/1502.05477
 Run: python trpo.py --env-id CartPole-v1
@@ -242,7 +242,7 @@ class Batch(NamedTuple):
 
 
 def estimate_advantages(agent: Agent, rollout: Rollout, last_obs, args: Args) -> Batch:
-    """The valid steps of a rollout as a Batch. last_obs (N, D) are the observations after it."""
+    """The valid steps of a rollout. last_obs (N, D) are the observations after it."""
     # Resets come one step late, so obs[t + 1] follows step t even at an episode's end.
     obs = np.concatenate([rollout.obs, last_obs[None]])
     values = agent.value(obs).detach().cpu().numpy()
@@ -301,7 +301,7 @@ def line_search(parameters: list, step: Tensor, accept, max_backtracks: int) -> 
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Learns from a batch. Returns metrics, with the losses of the last gradient step."""
+    """Learns from a batch. Returns metrics, with the losses of the last step."""
     # The 0.1 bounds how much small advantages, which are mostly noise, are scaled up.
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     value_optimizer = optimizers[0]
@@ -315,7 +315,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
     with torch.no_grad():
         old_policy = agent.policy(batch.obs)  # equal to policy, without gradients
     kl = kl_divergence(old_policy, policy).mean()
-    kl_gradient = flat_grad(kl, parameters, create_graph=True)  # 0, its derivative is not
+    kl_gradient = flat_grad(kl, parameters, create_graph=True)  # 0, but its derivative is not
 
     def fisher_product(p: Tensor) -> Tensor:
         # (F + damping I) p. The Fisher matrix F is the second derivative of the KL.

@@ -238,7 +238,7 @@ class Batch(NamedTuple):
 
 
 def estimate_advantages(agent: Agent, rollout: Rollout, last_obs, args: Args) -> Batch:
-    """The valid steps of a rollout as a Batch. last_obs (N, D) are the observations after it."""
+    """The valid steps of a rollout. last_obs (N, D) are the observations after it."""
     # Resets come one step late, so obs[t + 1] follows step t even at an episode's end.
     obs = np.concatenate([rollout.obs, last_obs[None]])
     values = agent.value(obs).detach().cpu().numpy()
@@ -263,7 +263,7 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
-    """Learns from a batch. Returns metrics, with the losses of the last gradient step."""
+    """Learns from a batch. Returns metrics, with the losses of the last step."""
     # The 0.1 bounds how much small advantages, which are mostly noise, are scaled up.
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     policy_optimizer, value_optimizer = optimizers
