@@ -47,9 +47,10 @@ def drive(rank, address):
     assert seen[-1][3] < 24 * len(seen), "target_kl ended no epochs"
     *rows, _ = metrics(only_run())
     assert [row["global_step"] for row in rows] == [*np.cumsum(np.add(steps, other_steps))]
-    checkpoint = torch.load(only_run() / "checkpoint.pt", weights_only=True)
-    count = checkpoint["agent"]["obs_stats.count"]
-    assert count == checkpoint["global_step"] == rows[-1]["global_step"] >= 500
+    saved = torch.load(only_run() / "checkpoint.pt", weights_only=True)
+    assert saved["agent"]["obs_stats.count"] == saved["global_step"]
+    assert saved["global_step"] == rows[-1]["global_step"] >= 500
+    dist.barrier()  # before the next run makes its folder, because only_run wants one
     poison = rank == 1
     with pytest.raises(FloatingPointError):
         script.train(script.Args(**small, exp_name="poisoned"))
