@@ -156,14 +156,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: a sample, or the most likely one if greedy."""
         policy = self.policy(obs)
-        if greedy:
-            action = policy.mode
-        elif isinstance(policy, Categorical):
-            # What policy.sample() draws, the argmax of p / Exp(1), in half the time
-            noise = torch.empty_like(policy.probs).exponential_()
-            action = (policy.probs / noise).argmax(-1)
-        else:
-            action = policy.sample()
+        action = policy.mode if greedy else policy.sample()
         return action.cpu().numpy()
 
 
@@ -287,15 +280,12 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
 
-    # returns = advantages + values: the advantages are what the old values did not explain.
-    unexplained = batch.advantages.var() / (batch.returns.var() + 1e-8)
     return {
         "losses/policy_loss": policy_loss.item(),
         "losses/value_loss": value_loss.item(),
         "losses/entropy": entropy.item(),
         "losses/approx_kl": approx_kl.item(),
         "losses/clipfrac": (ratio != clipped).float().mean().item(),
-        "losses/explained_variance": 1 - unexplained.item(),
     }
 
 
@@ -368,7 +358,6 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     iteration = 0
 
     while global_step < args.total_timesteps:
-        start = time.perf_counter()
         iteration += 1
 
         # Anneal from the initial learning rates, which optimizer.defaults keeps
@@ -389,7 +378,6 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
 
         # Record
         progress.update(steps)
-        metrics["charts/SPS"] = steps / (time.perf_counter() - start)
         metrics["global_step"] = global_step
         ended = rollout.terminations | rollout.truncations
         if ended.any():

@@ -148,14 +148,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """An action at each observation: a sample, or the most likely one if greedy."""
         policy = self.policy(obs)
-        if greedy:
-            action = policy.mode
-        elif isinstance(policy, Categorical):
-            # What policy.sample() draws, the argmax of p / Exp(1), in half the time
-            noise = torch.empty_like(policy.probs).exponential_()
-            action = (policy.probs / noise).argmax(-1)
-        else:
-            action = policy.sample()
+        action = policy.mode if greedy else policy.sample()
         return action.cpu().numpy()
 
 
@@ -300,7 +293,6 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
     iteration = 0
 
     while global_step < args.total_timesteps:
-        start = time.perf_counter()
         iteration += 1
 
         # Anneal from the initial learning rates, which optimizer.defaults keeps
@@ -319,7 +311,6 @@ def learn(args: Args, envs: gym.vector.VectorEnv, run_dir: Path, wandb_run: Any 
 
         # Record
         progress.update(steps)
-        metrics["charts/SPS"] = steps / (time.perf_counter() - start)
         metrics["global_step"] = global_step
         metrics["charts/episodic_return"] = rollout.rewards.sum(0).mean().item()
         progress.set_postfix(episodic_return=metrics["charts/episodic_return"])
