@@ -229,7 +229,8 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 def evaluate(agent: Agent, args: Args) -> float:
     """Mean return of greedy episodes, stopped after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 10**9)  # other episodes than training's
+    # Other episodes than training's, and than those of another seed
+    obs, _ = envs.reset(seed=10**9 + args.seed * args.eval_episodes)
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
     steps = 0

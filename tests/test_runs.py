@@ -13,12 +13,13 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from environments import LADDER, REFUSED, Endless, Scripted, arguments, metrics, only_run, start
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 import ppo
 import reinforce
@@ -231,8 +232,13 @@ def test_evaluation_is_greedy_and_ends_each_episode_once_within_the_steps_of_tra
         return score
 
     # Five steps pay -0.09 each for action 0, and else less.
-    assert evaluate("Discrete-v0", eval_episodes=64) == pytest.approx(-0.45)
-    scores = [evaluate("CartPole-v1", seed=seed, eval_episodes=5) for seed in (1, 1, 2)]
+    reset = SyncVectorEnv.reset
+    with patch.object(SyncVectorEnv, "reset", autospec=True, side_effect=reset) as resets:
+        scores = [evaluate("Discrete-v0", seed=seed, eval_episodes=64) for seed in (1, 2)]
+    assert scores == pytest.approx([-0.45, -0.45])
+    first, second = [call.kwargs["seed"] for call in resets.mock_calls][1::2]  # not start's
+    assert second == first + 64, "no episode of another seed"
+    scores = [evaluate("CartPole-v1", seed=seed, eval_episodes=20) for seed in (1, 1, 2)]
     assert scores[0] == scores[1] != scores[2]
     # Episodes of 1 to 4 steps with reward 1. All that comes after pays 1000.
     assert evaluate("Once-v0", eval_episodes=4, total_timesteps=10_000) == 2.5
