@@ -220,7 +220,7 @@ def test_a_trained_policy_acts_elsewhere(env_id, normalize, monkeypatch):
 
 
 def test_evaluation_is_greedy_and_ends_each_episode_once_within_the_steps_of_training(capsys):
-    """Else it says so. It repeats itself, and leaves the agent as it is."""
+    """Else it says so. It leaves the agent as it is, and has other episodes for each seed."""
 
     def evaluate(env_id, **wanted):
         run = start(ppo, env_id, **wanted)
@@ -238,8 +238,6 @@ def test_evaluation_is_greedy_and_ends_each_episode_once_within_the_steps_of_tra
     assert scores == pytest.approx([-0.45, -0.45])
     first, second = [call.kwargs["seed"] for call in resets.mock_calls][1::2]  # not start's
     assert second == first + 64, "no episode of another seed"
-    scores = [evaluate("CartPole-v1", seed=seed, eval_episodes=20) for seed in (1, 1, 2)]
-    assert scores[0] == scores[1] != scores[2]
     # Episodes of 1 to 4 steps with reward 1. All that comes after pays 1000.
     assert evaluate("Once-v0", eval_episodes=4, total_timesteps=10_000) == 2.5
     assert evaluate("Once-v0", eval_episodes=4, total_timesteps=10) == 2.5
