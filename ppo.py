@@ -1,6 +1,6 @@
 """Proximal Policy Optimization: VPG with a clipped ratio of probabilities.
 
-The clip makes it safe to train for several epochs of minibatches on one rollout.
+The clip lets it train for several epochs of minibatches on one rollout.
     maximize E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi(a|s) / pi_old(a|s)
 Paper: Schulman et al. 2017, https://arxiv.org/abs/1707.06347
 Run: python ppo.py --env-id CartPole-v1
@@ -119,7 +119,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # for Agent(*config)
+        self.config = (num_inputs, num_actions, continuous, normalize)  # saved, for Agent(*config)
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
@@ -180,7 +180,7 @@ def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: in
     """Returns a Rollout of num_steps steps, then obs, done and episode_return after it.
 
     obs (N, D) are the current observations.
-    done (N,) marks the environments that the first step only resets.
+    done (N,) is True where an episode has ended, so that the next step only resets.
     episode_return (N,) is the sum of each episode's rewards so far.
     """
     steps = []  # each a Rollout without the axis T
@@ -234,8 +234,8 @@ class Batch(NamedTuple):
 
 
 def estimate_advantages(agent: Agent, rollout: Rollout, last_obs, args: Args) -> Batch:
-    """The valid steps of a rollout. last_obs (N, D) are the observations after it."""
-    # Resets come one step late, so obs[t + 1] follows step t even at an episode's end.
+    """Advantages and returns of the valid steps. last_obs (N, D) follow the rollout."""
+    # obs[t + 1] is what step t led to, even at an end: the reset is a step of its own.
     obs = np.concatenate([rollout.obs, last_obs[None]])
     values = agent.value(obs).detach().cpu().numpy()
     rewards = rollout.rewards.astype(np.float32)
@@ -259,7 +259,7 @@ def make_optimizers(agent: Agent, args: Args) -> list[torch.optim.Adam]:
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """Learns from a batch. Returns metrics, with the losses of the last step."""
-    # The 0.1 bounds how much small advantages, which are mostly noise, are scaled up.
+    # 0.1 and not 1e-8: small advantages are mostly noise, and should stay small.
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     old_log_probs = agent.policy(batch.obs).log_prob(batch.actions).detach()
     for _ in range(args.update_epochs):
@@ -292,7 +292,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 def evaluate(agent: Agent, args: Args) -> float:
     """Mean return of greedy episodes, stopped after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    # Other episodes than training's, and than those of another seed
+    # Seeds that neither training nor the evaluation of another seed uses
     obs, _ = envs.reset(seed=10**9 + args.seed * args.eval_episodes)
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)

@@ -112,7 +112,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # for Agent(*config)
+        self.config = (num_inputs, num_actions, continuous, normalize)  # saved, for Agent(*config)
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
@@ -188,7 +188,7 @@ class Batch(NamedTuple):
 
 
 def compute_returns(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Returns the valid steps, with discounted returns. These are cut at truncations, too."""
+    """The valid steps, with discounted returns. A truncation counts as an episode's end."""
     returns = np.zeros_like(rollout.rewards)
     discounted_return = 0.0
     for t in reversed(range(len(returns))):
@@ -229,7 +229,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 def evaluate(agent: Agent, args: Args) -> float:
     """Mean return of greedy episodes, stopped after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    # Other episodes than training's, and than those of another seed
+    # Seeds that neither training nor the evaluation of another seed uses
     obs, _ = envs.reset(seed=10**9 + args.seed * args.eval_episodes)
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)

@@ -1,6 +1,6 @@
 """Trust Region Policy Optimization: VPG whose steps are bounded in KL divergence.
 
-Conjugate gradients find the direction, target_kl the length. A line search can halve it.
+Conjugate gradients find a step's direction, target_kl its length. A line search can halve it.
     maximize E[r A]  subject to  E[KL(pi_old, pi)] <= target_kl,    r = pi(a|s) / pi_old(a|s)
 Paper: Schulman et al. 2015, https://arxiv.org/abs/1502.05477
 Run: python trpo.py --env-id CartPole-v1
@@ -120,7 +120,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, continuous: bool, normalize: bool):
         super().__init__()
-        self.config = (num_inputs, num_actions, continuous, normalize)  # for Agent(*config)
+        self.config = (num_inputs, num_actions, continuous, normalize)  # saved, for Agent(*config)
         self.continuous = continuous
         self.normalize = normalize
         self.obs_stats = RunningMeanStd(num_inputs)
@@ -181,7 +181,7 @@ def collect_rollout(agent: Agent, envs, obs, done, episode_return, num_steps: in
     """Returns a Rollout of num_steps steps, then obs, done and episode_return after it.
 
     obs (N, D) are the current observations.
-    done (N,) marks the environments that the first step only resets.
+    done (N,) is True where an episode has ended, so that the next step only resets.
     episode_return (N,) is the sum of each episode's rewards so far.
     """
     steps = []  # each a Rollout without the axis T
@@ -235,8 +235,8 @@ class Batch(NamedTuple):
 
 
 def estimate_advantages(agent: Agent, rollout: Rollout, last_obs, args: Args) -> Batch:
-    """The valid steps of a rollout. last_obs (N, D) are the observations after it."""
-    # Resets come one step late, so obs[t + 1] follows step t even at an episode's end.
+    """Advantages and returns of the valid steps. last_obs (N, D) follow the rollout."""
+    # obs[t + 1] is what step t led to, even at an end: the reset is a step of its own.
     obs = np.concatenate([rollout.obs, last_obs[None]])
     values = agent.value(obs).detach().cpu().numpy()
     rewards = rollout.rewards.astype(np.float32)
@@ -295,7 +295,7 @@ def line_search(parameters: list, step: Tensor, accept, max_backtracks: int) -> 
 
 def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str, float]:
     """Learns from a batch. Returns metrics, with the losses of the last step."""
-    # The 0.1 bounds how much small advantages, which are mostly noise, are scaled up.
+    # 0.1 and not 1e-8: small advantages are mostly noise, and should stay small.
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 0.1)
     value_optimizer = optimizers[0]
     policy = agent.policy(batch.obs)
@@ -347,7 +347,7 @@ def update(agent: Agent, optimizers: list, batch: Batch, args: Args) -> dict[str
 def evaluate(agent: Agent, args: Args) -> float:
     """Mean return of greedy episodes, stopped after total_timesteps steps in all."""
     envs = make_envs(args, args.eval_episodes)
-    # Other episodes than training's, and than those of another seed
+    # Seeds that neither training nor the evaluation of another seed uses
     obs, _ = envs.reset(seed=10**9 + args.seed * args.eval_episodes)
     returns = np.zeros(args.eval_episodes)
     running = np.ones(args.eval_episodes, bool)
